@@ -1,0 +1,52 @@
+"""The console command `opencoder`: finds the subcommand's file and runs it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NoReturn
+
+from opencoder import __version__
+from opencoder.console import run
+from opencoder.errors import nearest
+
+# subcommand: (module, what it does). Modules are imported only when asked for, so that `opencoder --help` is quick.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "build-corpus": ("opencoder.tools.build_corpus", "sources to clean and dropped documents with a report"),
+    "explain": ("opencoder.tools.explain", "why one file was kept or dropped"),
+    "train-tokenizer": ("opencoder.tools.train_tokenizer", "train a byte-level BPE tokenizer"),
+    "preprocess": ("opencoder.tools.preprocess_data", "documents to a tokenised .bin/.idx dataset"),
+    "verify-dataset": ("opencoder.tools.verify_dataset", "check the integrity of a .bin/.idx dataset"),
+    "train": ("opencoder.train.__main__", "train a model, or check a configuration with --dry-run"),
+    "convert": ("opencoder.tools.convert_checkpoint", "checkpoints to and from Hugging Face format"),
+    "generate": ("opencoder.tools.generate", "text from a native or Hugging Face checkpoint"),
+    "demo": ("opencoder.tools.demo", "the whole path on the Python standard library, in minutes"),
+    "bench-train": ("opencoder.tools.bench_train", "training speed and memory beside transformers"),
+    "bench-corpus": ("opencoder.tools.bench_corpus", "MinHash and preprocess speed beside their peers"),
+}
+
+
+def usage() -> str:
+    """The text of `opencoder --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {does}" for name, (_, does) in COMMANDS.items()]
+    return "usage: opencoder COMMAND [options]   (opencoder COMMAND --help shows them)\n\n" + "\n".join(lines)
+
+
+def main() -> NoReturn:
+    """Entry point of the console command."""
+    name, *argv = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        sys.exit(0)
+    if name == "--version":
+        print(__version__)
+        sys.exit(0)
+    if name not in COMMANDS:
+        print(f"error: no command `{name}`{nearest(name, COMMANDS)}; see opencoder --help", file=sys.stderr)
+        sys.exit(2)
+    run(importlib.import_module(COMMANDS[name][0]).main, argv)
+
+
+if __name__ == "__main__":
+    main()
