@@ -28,7 +28,7 @@ def temporary_name(path: Path) -> Path:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; renames it to `path` after fsync if the block succeeds, removes it if not."""
+    """Yields a temporary name beside `path`; if the block succeeds it is synced and renamed, otherwise removed."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(target)
