@@ -87,7 +87,7 @@ class ModelConfig(Branch):
         preset = given.get("preset")
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"preset {preset!r} does not exist; presets: {', '.join(PRESETS)}")
-        merged = {**PRESETS.get(preset, {}), **{k: v for k, v in given.items() if v is not None}}
+        merged = {**PRESETS.get(preset or "", {}), **{k: v for k, v in given.items() if v is not None}}
         hidden, heads, vocab = (merged.get(k) for k in ("hidden_size", "heads", "vocab_size"))
         if heads is not None:
             merged.setdefault("kv_heads", heads)

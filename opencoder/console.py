@@ -14,7 +14,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .errors import UserError, VerificationError
+from .errors import Failure, UserError
 
 PLAIN_INTERVAL_S = 5.0
 """Seconds between two plain progress lines where there is no terminal."""
@@ -46,7 +46,7 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except VerificationError as error:
+    except Failure as error:
         print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:

@@ -20,8 +20,13 @@ class DataError(UserError):
     """An input file, dataset or checkpoint that is missing, damaged or of the wrong kind."""
 
 
-class VerificationError(Exception):
-    """A check that the user asked for (`verify-dataset`) and that failed. Commands exit with status 1."""
+class Failure(Exception):
+    """Something went wrong that is neither a user's mistake nor a defect of ours (a full disk, a fault found by a check
+    that was asked for). Commands print it as one line and exit with status 1."""
+
+
+class VerificationError(Failure):
+    """A check that the user asked for (`verify-dataset`) and that failed."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

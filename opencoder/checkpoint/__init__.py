@@ -1,0 +1,1 @@
+"""Sharded checkpoints that load at any layout, and exchange with Hugging Face."""

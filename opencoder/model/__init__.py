@@ -1,0 +1,1 @@
+"""The decoder in plain modules and its output heads."""

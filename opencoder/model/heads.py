@@ -1,0 +1,66 @@
+"""Output heads. A head owns the output matrix, the loss, and what the trainer must know of both.
+
+T tokens, M width, V vocabulary; /tp: this rank's share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from opencoder.config import ModelConfig
+from opencoder.parallel.collectives import copy_to_group
+from opencoder.parallel.cross_entropy import IGNORE, vocab_parallel_linear_cross_entropy
+from opencoder.parallel.mesh import Mesh
+from opencoder.parallel.placement import place, sharded
+
+
+class VocabHead(nn.Module):
+    """Next-token prediction over a vocabulary split over tp. It updates no parameters itself."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, *, weight: nn.Parameter | None = None) -> None:
+        """`weight` is the embedding's parameter when the two are tied."""
+        super().__init__()
+        self.mesh, self.chunk_tokens = mesh, config.head.chunk_tokens
+        vocab, width = config.padded_vocab_size, config.hidden_size
+        rows = vocab // mesh.tp.size
+        self.vocab_start = mesh.tp.rank * rows
+        if weight is None:
+            weight = place(nn.Parameter(torch.empty(rows, width)), sharded((vocab, width), 0))
+        self.weight = weight
+
+    def begin_step(self, targets_of_all_micro_batches: Iterable[torch.Tensor]) -> int:
+        """Unmasked targets of the step over all data-parallel ranks: the N that every loss of the step is divided by.
+
+        Called by all ranks once a step, before the first micro-batch."""
+        counts = [(targets != IGNORE).sum() for targets in targets_of_all_micro_batches]
+        count = torch.stack(counts).sum()
+        for group in (self.mesh.dp, self.mesh.cp):
+            group.all_reduce(count)
+        return int(count)
+
+    def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """hidden (B, S, M), targets (B, S) → sum of token losses over this rank's samples (0-dim), statistics."""
+        x = copy_to_group(hidden.reshape(-1, hidden.shape[-1]), self.mesh.tp)
+        flat = targets.reshape(-1)
+        total = vocab_parallel_linear_cross_entropy(
+            x, self.weight, flat, vocab_start=self.vocab_start, group=self.mesh.tp, chunk_tokens=self.chunk_tokens
+        )
+        return total, {"tokens": (flat != IGNORE).sum()}
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, M) → (…, V/tp)."""
+        return F.linear(copy_to_group(hidden, self.mesh.tp), self.weight)
+
+    def grad_sq_norm(self) -> torch.Tensor:
+        """Squared gradient norm of the parameters the head owns: none, so 0."""
+        return torch.zeros((), dtype=torch.float64, device=self.weight.device)
+
+    def owned_parameters(self) -> list[nn.Parameter]:
+        """Parameters the head updates itself (excluded from the optimizer and from gradient reduction): none."""
+        return []
+
+    def apply_gradients(self, lr: float, clip_coef: float) -> None:
+        """Update the owned parameters: none."""

@@ -1,0 +1,57 @@
+"""Initial weights that do not depend on the layout: every tensor is drawn from (seed, its key), in blocks of rows, and
+each rank draws the blocks it holds."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from opencoder.config import ModelConfig
+from opencoder.parallel.mesh import Mesh
+from opencoder.parallel.placement import placement_of
+
+from .decoder import Decoder, named_parameters
+
+BLOCK_ROWS = 1024
+"""Rows per draw. Part of the definition of the initial weights: another number gives other weights for one seed."""
+
+
+def build_model(
+    config: ModelConfig, mesh: Mesh, *, dtype: torch.dtype, device: torch.device, seed: int, recompute: str = "none"
+) -> Decoder:
+    """This rank's part of the model with its initial weights."""
+    with torch.device("meta"):
+        model = Decoder(config, mesh, recompute=recompute)
+    placements = {name: placement_of(p) for name, p in model.named_parameters()}
+    model = model.to(dtype).to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        parameter.placement = placements[name]  # type: ignore[attr-defined]  # to_empty makes new parameters
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    initialise(model, mesh, seed=seed, std=config.init_std)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, mesh: Mesh, *, seed: int, std: float) -> None:
+    """Norms to 1, matrices to N(0, std²), drawn in fp32 so that a run in fp64 starts from the same numbers."""
+    for key, parameter in named_parameters(model).items():
+        placement = placement_of(parameter)
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        rows, columns = placement.slice_of(mesh)
+        width = placement.global_shape[1]
+        for block in range(rows.start // BLOCK_ROWS, -(-rows.stop // BLOCK_ROWS)):
+            first = block * BLOCK_ROWS
+            n = min(BLOCK_ROWS, placement.global_shape[0] - first)
+            drawn = torch.randn(n, width, generator=_generator(seed, key, block), dtype=torch.float32) * std
+            low, high = max(rows.start, first), min(rows.stop, first + n)
+            parameter[low - rows.start : high - rows.start].copy_(drawn[low - first : high - first, columns])
+
+
+def _generator(seed: int, key: str, block: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{key}:{block}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
