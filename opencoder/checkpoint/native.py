@@ -48,7 +48,7 @@ def save(
     tokenizer: Path | None = None,
     keep: int | None = None,
 ) -> Path:
-    """Write the checkpoint of `step` from all ranks; returns its folder. Raises Failure, leaving older ones untouched."""
+    """Write the checkpoint of `step` from all ranks; returns its folder. Raises Failure; older ones stay untouched."""
     folder = run_dir / "checkpoints" / step_name(step)
     temporary = folder.with_name(f".{folder.name}.tmp")
     first = mesh.world.rank == 0

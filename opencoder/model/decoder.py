@@ -1,7 +1,8 @@
 """The OpenCoder decoder: a Llama-shaped transformer in plain modules, tensor-parallel through its layers alone.
 
 B batch, S sequence, M width, H query heads, G key/value heads, D head dim, F inner width, V vocabulary; /tp: this
-rank's share. Modules carry the names of the Hugging Face checkpoint, so parameter names are checkpoint keys (`key_of`)."""
+rank's share. Modules carry the names of the Hugging Face checkpoint, so parameter names are checkpoint keys
+(`key_of`)."""
 
 from __future__ import annotations
 

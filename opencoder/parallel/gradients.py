@@ -15,7 +15,7 @@ BUCKET_BYTES = 32 << 20
 
 
 def reduce_gradients(gradients: Sequence[tuple[torch.Tensor, Placement]], mesh: Mesh) -> None:
-    """Sum each gradient, in place, over the axes its placement names. Always a sum: the loss is divided by N already."""
+    """Sum each gradient, in place, over the axes its placement names. Always a sum: the loss is divided by N."""
     by_axes: dict[tuple[str, ...], list[torch.Tensor]] = defaultdict(list)
     for gradient, placement in gradients:
         axes = tuple(a for a in placement.grad_sum_axes if mesh.axis(a).size > 1)

@@ -1,0 +1,1 @@
+"""Training: set-up, the loop, metrics, faults. Entry: `python -m opencoder.train`."""

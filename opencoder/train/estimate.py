@@ -1,0 +1,118 @@
+"""What a layout asks of each rank, worked out without running it (`train --dry-run`).
+
+Activations are those kept for backward, counted tensor by tensor; allocator slack and temporary buffers beyond the
+logits of one chunk are not counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from opencoder import kernels as K
+from opencoder.config import Config, data_parallel_size
+from opencoder.model.decoder import Decoder
+from opencoder.parallel.mesh import Mesh, pretend_mesh
+from opencoder.parallel.placement import placement_of
+
+BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes unless said."""
+
+    total_parameters: int
+    """Number, whole model."""
+    rank_parameters: int
+    """Number, this rank."""
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    data_parallel_traffic: int
+    """Sent by each rank per step."""
+    tensor_parallel_traffic: int
+    """Sent by each rank per step."""
+
+    @property
+    def peak(self) -> int:
+        """Everything together."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def estimate(config: Config, world_size: int) -> Estimate:
+    """Sizes on rank 0 of `world_size`. The model is built on the meta device: no memory is taken."""
+    p, t, m = config.parallel, config.train, config.model
+    mesh = pretend_mesh(world_size=world_size, tp=p.tp, pp=p.pp, cp=p.cp)
+    with torch.device("meta"):
+        model = Decoder(m, mesh)
+    parameters = list(model.parameters())
+    total = sum(torch.Size(placement_of(q).global_shape).numel() for q in parameters)
+    mine = sum(q.numel() for q in parameters)
+    width = BYTES[t.precision]
+    wide = max(width, 4)
+    states = 2 if config.optim.name == "adamw" else 1
+    master = wide if width < 4 else 0
+    tokens = t.micro_batch_size * config.data.seq_len
+    rows = m.padded_vocab_size // p.tp
+    micro_batches = t.global_batch_size // (t.micro_batch_size * data_parallel_size(config, world_size))
+    return Estimate(
+        total_parameters=total,
+        rank_parameters=mine,
+        weights=mine * width,
+        gradients=mine * wide,
+        optimizer=mine * (states * wide + master),
+        activations=_activations(config, mesh, tokens, width),
+        logits=min(m.head.chunk_tokens, tokens) * rows * width,
+        data_parallel_traffic=_ring(mine * wide, mesh.dp.size),
+        tensor_parallel_traffic=micro_batches * _tensor_parallel_bytes(config, mesh, tokens, width),
+    )
+
+
+def _ring(size: int, ranks: int) -> int:
+    """Bytes a rank sends in a ring all-reduce of `size` bytes."""
+    return 2 * size * (ranks - 1) // ranks
+
+
+def _activations(config: Config, mesh: Mesh, tokens: int, width: int) -> int:
+    m, tp = config.model, mesh.tp.size
+    # per token: input, sum and output of two norms; q, k (before and after rotary), v, attention output; gate, up, product
+    split = (3 * m.heads + 3 * m.kv_heads) * m.head_dim + 3 * m.ffn_size
+    layer = tokens * width * (6 * m.hidden_size + split // tp)
+    if config.train.recompute == "full":
+        return config.model.layers * tokens * width * 2 * m.hidden_size + layer
+    return config.model.layers * layer
+
+
+def _tensor_parallel_bytes(config: Config, mesh: Mesh, tokens: int, width: int) -> int:
+    """Per micro-batch: two all-reduces forward and two backward in each layer, one each for embedding and head."""
+    per_reduce = _ring(tokens * config.model.hidden_size * width, mesh.tp.size)
+    return (4 * config.model.layers + 2) * per_reduce
+
+
+def describe(config: Config, world_size: int) -> str:
+    """The text of `train --dry-run`."""
+    e = estimate(config, world_size)
+    p = config.parallel
+    dp = data_parallel_size(config, world_size)
+    gib = 2**30
+    lines = [
+        f"world {world_size} = tp {p.tp} × pp {p.pp} × cp {p.cp} × dp {dp}",
+        f"parameters        {e.total_parameters:,} in the model, {e.rank_parameters:,} per rank",
+        f"weights           {e.weights / gib:.3f} GiB per rank ({config.train.precision})",
+        f"gradients         {e.gradients / gib:.3f} GiB",
+        f"optimizer state   {e.optimizer / gib:.3f} GiB ({config.optim.name})",
+        f"activations       {e.activations / gib:.3f} GiB (micro-batch {config.train.micro_batch_size} × "
+        f"{config.data.seq_len}, recompute {config.train.recompute})",
+        f"logits            {e.logits / gib:.3f} GiB ({config.model.head.chunk_tokens} tokens at a time)",
+        f"estimated peak    {e.peak / gib:.3f} GiB per rank",
+        f"communication     {e.data_parallel_traffic / gib:.3f} GiB data-parallel, "
+        f"{e.tensor_parallel_traffic / gib:.3f} GiB tensor-parallel, sent per rank and step",
+        f"run               {config.train.total_steps()} steps × {config.train.global_batch_size} samples × "
+        f"{config.data.seq_len} tokens = "
+        f"{config.train.total_steps() * config.train.global_batch_size * config.data.seq_len:,} tokens",
+        K.chosen(),
+    ]
+    return "\n".join(lines)

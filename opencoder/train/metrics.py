@@ -1,0 +1,117 @@
+"""Metrics of a run: RUN/metrics.jsonl (every step), TensorBoard, optionally wandb, and the model FLOP utilisation.
+
+MFU convention: 6 FLOPs per parameter and token with the input embedding left out, plus 12·L·H·D·S for attention counted
+in full (no causal discount), as torchtitan and OLMo-core count; the peak is `log.peak_tflops` or the rate of a large
+matrix product measured at start in the training precision, so on a CPU it is a share of the GEMM rate."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opencoder.config import LogConfig, ModelConfig
+from opencoder.errors import ConfigError
+from opencoder.files import atomic_open
+
+MFU_CONVENTION = "6N without input embedding + 12·L·H·D·S per token (full attention)"
+
+
+def flops_per_token(config: ModelConfig, parameters: int, seq_len: int) -> float:
+    """Model FLOPs per trained token, forward and backward."""
+    embedding = 0 if config.tie_embeddings else config.padded_vocab_size * config.hidden_size
+    attention = 12 * config.layers * config.heads * config.head_dim * seq_len
+    return 6.0 * (parameters - embedding) + attention
+
+
+def measure_gemm_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Best rate of three large matrix products on this device in `dtype`, in TFLOP/s."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(4):  # the first one warms up
+        _synchronise(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        _synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best / 1e12
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest memory so far, GiB: allocated on a GPU, resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class MetricsLog:
+    """Writes one row per step. Opened on rank 0 only."""
+
+    def __init__(self, run_dir: Path, config: LogConfig, *, first_step: int, settings: dict[str, Any]) -> None:
+        """Rows of steps that a resumed run does again are removed first."""
+        self.path = run_dir / "metrics.jsonl"
+        _drop_rows_from(self.path, first_step)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+        self.every = config.every
+        self.writer = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(run_dir / "tb"), purge_step=first_step)
+        self.wandb = _start_wandb(run_dir, settings) if config.wandb else None
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append `row` (it has `step`) and flush it: after a kill at most the step under way is missing."""
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if row["step"] % self.every == 0 or "valid_loss" in row:
+            numbers = {k: v for k, v in row.items() if k != "step" and v is not None}
+            for key, value in numbers.items():
+                if self.writer is not None:
+                    self.writer.add_scalar(key, value, row["step"])
+            if self.wandb is not None:
+                self.wandb.log(numbers, step=row["step"])
+
+    def close(self) -> None:
+        """Make everything durable."""
+        os.fsync(self.file.fileno())
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _start_wandb(run_dir: Path, settings: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError("log.wandb=true needs the package wandb: pip install 'opencoder[wandb]'") from error
+    return wandb.init(dir=str(run_dir), config=settings, resume="allow", id=run_dir.name)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file; a last line cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _drop_rows_from(path: Path, first_step: int) -> None:
+    rows = [row for row in read_rows(path) if row["step"] < first_step]
+    with atomic_open(path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)

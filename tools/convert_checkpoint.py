@@ -1,0 +1,40 @@
+"""`opencoder convert`: checkpoints to and from Hugging Face format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from opencoder.console import Parser, run
+from opencoder.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert one checkpoint; prints the folder written."""
+    parser = Parser("convert", "Convert a checkpoint between the native and the Hugging Face format (Llama shapes).")
+    formats = ("hf", "native")
+    parser.add_argument("--from", dest="source_format", choices=formats, required=True, help="format of --input")
+    parser.add_argument("--to", dest="target_format", choices=formats, required=True, help="format of --output")
+    parser.add_argument("--input", required=True, help="checkpoint folder, run folder (its latest) or HF folder")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--dtype", choices=("fp64", "fp32", "bf16", "fp16"), help="type of exported HF weights")
+    args = parser.parse_args(argv)
+    if args.source_format == args.target_format:
+        raise UserError(f"--from and --to are both {args.source_format}: one must be hf and the other native")
+    if not Path(args.input).is_dir():
+        raise UserError(f"--input {args.input} is not a folder")
+
+    from opencoder.checkpoint import hf
+
+    if args.target_format == "hf":
+        written = hf.export(args.input, args.output, dtype=args.dtype)
+    else:
+        if args.dtype is not None:
+            raise UserError("--dtype is for export to hf; an import keeps the type of the tensors")
+        written = hf.import_(args.input, args.output)
+    print(f"wrote {written}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

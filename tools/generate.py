@@ -1,0 +1,68 @@
+"""`opencoder generate`: text from a native or Hugging Face checkpoint, by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from opencoder.console import Parser, run
+from opencoder.errors import DataError, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the prompt with its continuation."""
+    parser = Parser("generate", "Generate text from a checkpoint.")
+    parser.add_argument("--model", required=True, help="native checkpoint, run folder, or Hugging Face folder")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to generate at most")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total share")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument("--chat", action="store_true", help="treat the prompt as a user's turn of the chat template")
+    args = parser.parse_args(argv)
+    folder = Path(args.model)
+    if not folder.is_dir():
+        raise UserError(f"--model {folder} is not a folder")
+
+    import torch
+
+    from opencoder.checkpoint import hf, native
+    from opencoder.checkpoint.hf_config import check_ids
+
+    torch.manual_seed(args.seed)
+    if hf.is_hf_folder(folder):
+        from transformers import AutoModelForCausalLM
+
+        check_ids(folder)
+        model, tokenizer_folder = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True), folder
+    else:
+        model, tokenizer_folder = hf.to_transformers(folder), native.resolve(folder) / "tokenizer"
+    if not (tokenizer_folder / "tokenizer.json").is_file():
+        raise DataError(f"{folder} carries no tokenizer: train with data.tokenizer set, or copy tokenizer.json there")
+    print(continue_text(model, tokenizer_folder, args.prompt, args))
+    return 0
+
+
+def continue_text(model: object, tokenizer_folder: Path, prompt: str, args: object) -> str:
+    """The prompt and its continuation as text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
+    if args.chat:
+        turns = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p} if args.temperature > 0 else {}
+    output = model.generate(
+        input_ids=encoded["input_ids"],
+        attention_mask=encoded["attention_mask"],
+        max_new_tokens=args.max_new_tokens,
+        do_sample=args.temperature > 0,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    run(main)
