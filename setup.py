@@ -40,9 +40,9 @@ def ops_extension() -> Extension:
         sorted(glob.glob("csrc/ops/*.cpp")),
         include_dirs=include_paths(),
         library_dirs=library_paths(),
-        libraries=["torch", "torch_cpu", "c10"],
+        libraries=["torch_cpu"],  # torch loads its libraries privately: their C functions must be asked for
         depends=glob.glob("csrc/ops/*.h"),
-        extra_compile_args=["-O3", "-std=c++20", "-g0", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"],
+        extra_compile_args=["-O3", "-std=c++20", "-g0", "-fopenmp-simd", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"],
         language="c++",
     )
 

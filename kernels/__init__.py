@@ -1,7 +1,29 @@
-"""Kernels of OpenCoder; import them as `from opencoder import kernels as K`.
+"""Kernels of OpenCoder: one plain function per operator, implementations behind it.
+
+    from opencoder import kernels as K
+    y = K.rms_norm(x, weight, eps=1e-5)
 
 This folder is also reachable as a top-level `kernels` when the working directory is a clone, and `kernels` is the name
 of an unrelated package that transformers probes for. Names are therefore handed on only under the real name."""
 
 if __name__ == "opencoder.kernels":
-    pass
+    from ._dispatch import UnsupportedKernel, chosen, explain, use
+    from .attention import attention, attention_backward
+    from .cross_entropy import ce_grad, ce_stats, cross_entropy
+    from .elementwise import rotary, swiglu
+    from .rms_norm import rms_norm
+
+    __all__ = [
+        "UnsupportedKernel",
+        "attention",
+        "attention_backward",
+        "ce_grad",
+        "ce_stats",
+        "chosen",
+        "cross_entropy",
+        "explain",
+        "rms_norm",
+        "rotary",
+        "swiglu",
+        "use",
+    ]

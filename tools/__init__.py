@@ -1,1 +1,1 @@
-"""Commands: one file each, thin (parse, call the library, print). `opencoder NAME` and `python tools/FILE.py` are the same."""
+"""Commands: one thin file each (parse, call the library, print); `opencoder NAME` is `python tools/FILE.py`."""

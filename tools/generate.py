@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from opencoder.console import Parser, run
 from opencoder.errors import DataError, UserError
@@ -43,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def continue_text(model: object, tokenizer_folder: Path, prompt: str, args: object) -> str:
+def continue_text(model: Any, tokenizer_folder: Path, prompt: str, args: argparse.Namespace) -> str:
     """The prompt and its continuation as text."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
     if args.chat:
         turns = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -61,7 +63,7 @@ def continue_text(model: object, tokenizer_folder: Path, prompt: str, args: obje
         pad_token_id=tokenizer.pad_token_id,
         **sampling,
     )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""Checks of arguments, shared by the operators: each names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def floating(operator: str, **tensors: torch.Tensor) -> None:
+    """Every tensor is of a supported floating type, and all are on one device."""
+    devices = {name: t.device for name, t in tensors.items()}
+    for name, t in tensors.items():
+        if t.dtype not in FLOATS:
+            raise ValueError(f"{operator}: {name} is {t.dtype}; allowed: fp64, fp32, bf16, fp16")
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"{operator}: tensors on different devices: {devices}; move them to one")
+
+
+def same_dtype(operator: str, **tensors: torch.Tensor) -> None:
+    """All tensors have one type."""
+    types = {name: t.dtype for name, t in tensors.items()}
+    if len(set(types.values())) > 1:
+        raise ValueError(f"{operator}: types differ: {types}; cast them to one")
+
+
+def cu_seqlens(operator: str, name: str, bounds: torch.Tensor, total: int) -> None:
+    """`bounds` is int32, 1-D, and (where reading it costs no synchronisation) rises from 0 to `total`."""
+    if bounds.dtype != torch.int32 or bounds.dim() != 1 or bounds.numel() < 1:
+        raise ValueError(f"{operator}: {name} must be 1-D int32, got {bounds.dtype} of shape {tuple(bounds.shape)}")
+    if bounds.device.type == "cpu":
+        values = bounds.tolist()
+        falling = any(b < a for a, b in pairwise(values))
+        if values[0] != 0 or values[-1] != total or falling:
+            raise ValueError(
+                f"{operator}: {name} must rise from 0 to the {total} tokens, got {values[:8]}…{values[-1]}"
+            )
+
+
+def targets(operator: str, logits: torch.Tensor, target: torch.Tensor) -> None:
+    """logits (T, V) and integer targets (T,)."""
+    if logits.dim() != 2:
+        raise ValueError(f"{operator}: logits must be (T, V), got {tuple(logits.shape)}; flatten the leading dims")
+    if target.shape != logits.shape[:1]:
+        raise ValueError(f"{operator}: targets must be ({logits.shape[0]},), got {tuple(target.shape)}")
+    if target.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{operator}: targets are {target.dtype}; allowed: int64, int32")

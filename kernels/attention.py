@@ -1,0 +1,198 @@
+"""The public functions `attention` and `attention_backward`: dense or packed documents, one loop over documents shared
+by the reference and by torch's own kernel (SDPA)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from . import _checks
+from ._dispatch import choose, register
+from .reference.attention import Window, attention_backward_dense, attention_dense
+
+
+class _Case(NamedTuple):
+    """Everything but the tensors, resolved."""
+
+    causal: bool
+    bounds_q: torch.Tensor | None
+    bounds_k: torch.Tensor | None
+    window: Window
+    softcap: float | None
+    scale: float
+    return_lse: bool
+
+    @property
+    def dense(self) -> dict[str, Any]:
+        """The arguments of the dense reference."""
+        return {"causal": self.causal, "window": self.window, "softcap": self.softcap, "scale": self.scale}
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Any:
+    """softmax(scale · q kᵀ) v with H query heads over G key/value heads (G divides H).
+
+    q (B,S,H,D), k, v (B,Sk,G,D); or packed: q (T,H,D), k, v (Tk,G,D) with document bounds `cu_seqlens` int32 (documents
+    + 1,), `cu_seqlens_k` for the keys (default: the same), `max_seqlen` the longest document as an int. Causal is
+    aligned bottom-right. `window` = left, or (left, right), inclusive; None is unbounded. `scale` defaults to D^−½.
+    A row that sees no key gives 0 and lse −inf. Returns out, or (out, lse) with lse (B,H,S), packed (H,T), in fp32 or
+    wider. Source: arXiv:1706.03762, arXiv:2305.13245."""
+    case = _resolve("attention", q, k, v, causal, cu_seqlens, cu_seqlens_k, window, softcap, scale, return_lse)
+    return choose("attention", impl, q.device.type, q, k, v, case=case).run(q, k, v, case=case)
+
+
+def attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    causal: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv from the output and log-sum-exp of `attention`; shapes as there.
+
+    `out` and `lse` may belong to a larger set of keys than `k` (ring attention): the gradients are then that set's."""
+    case = _resolve("attention_backward", q, k, v, causal, cu_seqlens, cu_seqlens_k, window, softcap, scale, True)
+    if case.bounds_q is None:
+        return attention_backward_dense(dout, q, k, v, out, lse, **case.dense)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows, keys in _documents(case):
+        parts = (dout[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows])
+        grads = attention_backward_dense(*(t[None] for t in parts), **case.dense)
+        dq[rows], dk[keys], dv[keys] = (g[0] for g in grads)
+    return dq, dk, dv
+
+
+def _resolve(
+    operator: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    cu_seqlens: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    window: Any,
+    softcap: float | None,
+    scale: float | None,
+    return_lse: bool,
+) -> _Case:
+    """Check the arguments and fill in defaults."""
+    _checks.floating(operator, q=q, k=k, v=v)
+    _checks.same_dtype(operator, q=q, k=k, v=v)
+    rank = 4 if cu_seqlens is None else 3
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() != rank or k.dim() != rank or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
+        form = "(B,S,H,D), (B,Sk,G,D)" if rank == 4 else "(T,H,D), (Tk,G,D) with cu_seqlens"
+        raise ValueError(f"{operator}: shapes must be {form}, with k and v alike; got {shapes}")
+    if rank == 4 and q.shape[0] != k.shape[0]:
+        raise ValueError(f"{operator}: q and k have different batch sizes; got {shapes}")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"{operator}: {q.shape[-2]} query heads must be a multiple of {k.shape[-2]} key heads")
+    if cu_seqlens_k is not None and cu_seqlens is None:
+        raise ValueError(f"{operator}: cu_seqlens_k is given without cu_seqlens")
+    bounds_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    if cu_seqlens is not None and bounds_k is not None:
+        _checks.cu_seqlens(operator, "cu_seqlens", cu_seqlens, q.shape[0])
+        _checks.cu_seqlens(operator, "cu_seqlens_k", bounds_k, k.shape[0])
+        if cu_seqlens.shape != bounds_k.shape:
+            raise ValueError(f"{operator}: cu_seqlens and cu_seqlens_k name different numbers of documents")
+    left, right = window if isinstance(window, tuple) else (window, None)
+    for side, size in (("left", left), ("right", right)):
+        if size is not None and size < 0:
+            raise ValueError(f"{operator}: window {side}={size}; allowed: 0 or more, None for unbounded")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{operator}: softcap={softcap}; it must be positive, None for no cap")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _Case(causal, cu_seqlens, bounds_k, (left, right), softcap, scale, return_lse)
+
+
+def _documents(case: _Case) -> list[tuple[slice, slice]]:
+    """(query rows, key rows) of each document. Reads the bounds: on a GPU this waits for them."""
+    assert case.bounds_q is not None
+    assert case.bounds_k is not None
+    q, k = case.bounds_q.tolist(), case.bounds_k.tolist()
+    return [(slice(*a), slice(*b)) for a, b in zip(pairwise(q), pairwise(k), strict=True)]
+
+
+def _packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: _Case, one: Callable[..., Any]) -> Any:
+    """Run `one` on each document and put the results back in their rows."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    outs, lses = [q[:0]], [q.new_empty(q.shape[1], 0, dtype=wide)]
+    for rows, keys in _documents(case):
+        out, lse = one(q[None, rows], k[None, keys], v[None, keys], case)
+        outs.append(out[0])
+        if lse is not None:
+            lses.append(lse[0])
+    return (torch.cat(outs), torch.cat(lses, 1)) if case.return_lse else torch.cat(outs)
+
+
+@register("attention", "reference")
+def _run_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, case: _Case) -> Any:
+    def one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: _Case) -> Any:
+        return attention_dense(q, k, v, **case.dense)
+
+    if case.bounds_q is not None:
+        return _packed(q, k, v, case, one)
+    out, lse = one(q, k, v, case)
+    return (out, lse) if case.return_lse else out
+
+
+def _torch_supports(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, case: _Case | None = None, **kw: Any
+) -> str | None:
+    if case is None:  # from K.explain, with the public arguments
+        defaults: dict[str, Any] = {"causal": True, "cu_seqlens": None, "cu_seqlens_k": None, "window": None}
+        defaults |= {"softcap": None, "scale": None, "return_lse": False}
+        case = _resolve("attention", q, k, v, **{**defaults, **{n: kw[n] for n in defaults if n in kw}})
+    if case.window != (None, None):
+        return "SDPA has no sliding window"
+    if case.softcap is not None:
+        return "SDPA has no softcap"
+    if case.return_lse:
+        return "SDPA does not return the log-sum-exp"
+    if case.causal and (q.shape[-3] != k.shape[-3] or case.bounds_q is not case.bounds_k):
+        return "SDPA aligns the causal mask top-left; it is the same only for as many queries as keys"
+    return None
+
+
+@register("attention", "torch", _torch_supports)
+def _run_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, case: _Case) -> Any:
+    """SDPA; for packed documents, once per document (2.5–4 times faster on a CPU than one dense mask)."""
+
+    def one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: _Case) -> Any:
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            is_causal=case.causal,
+            scale=case.scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return out.transpose(1, 2), None
+
+    return one(q, k, v, case)[0] if case.bounds_q is None else _packed(q, k, v, case, one)

@@ -1,0 +1,1 @@
+"""The operators in plain torch, any device, fp64-capable: their definition, their fallback and the truth in tests."""

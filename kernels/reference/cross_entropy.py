@@ -1,0 +1,91 @@
+"""Cross entropy of logits (T, V), whole or as the halves of a vocabulary split over ranks."""
+
+from __future__ import annotations
+
+import torch
+
+IGNORE = -100
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    ignore_index: int = IGNORE,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """lse − logit of the target, smoothed towards the mean logit, plus z_loss · lse²; 0 where the target is ignored."""
+    x = logits.to(_wide(logits))
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    valid = targets != ignore_index
+    lse = torch.logsumexp(x, -1)
+    target = x.gather(-1, targets.long().masked_fill(~valid, 0)[:, None])[:, 0]
+    loss = lse - (1 - label_smoothing) * target
+    if label_smoothing:
+        loss = loss - label_smoothing * x.mean(-1)
+    loss = torch.where(valid, loss + z_loss * lse**2, 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum()
+
+
+def ce_stats(
+    logits: torch.Tensor, targets: torch.Tensor, vocab_start: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(T, V/tp) → largest logit, sum of exp(logit − largest), and the target's logit (0 if it is not in this shard)."""
+    highest, sum_exp = _max_and_sum_exp(logits)
+    local = targets.long() - vocab_start
+    here = (local >= 0) & (local < logits.shape[1])
+    target = logits.gather(1, local.masked_fill(~here, 0)[:, None])[:, 0].to(highest.dtype)
+    return highest, sum_exp, target.masked_fill(~here, 0)
+
+
+def _max_and_sum_exp(logits: torch.Tensor, rows: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """In blocks of rows: the temporary exp stays in cache, and memory of the logits' size is not needed twice."""
+    wide = _wide(logits)
+    highest = logits.amax(1).to(wide)
+    sum_exp = torch.empty_like(highest)
+    for start in range(0, logits.shape[0], rows):
+        part = slice(start, start + rows)
+        sum_exp[part] = (logits[part].to(wide) - highest[part, None]).exp_().sum(1)
+    return highest, sum_exp
+
+
+def ce_grad(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float | torch.Tensor,
+    vocab_start: int,
+    *,
+    out: torch.Tensor | None = None,
+    rows: int = 64,
+) -> torch.Tensor:
+    """scale · (softmax − onehot) for this shard; 0 where the target is −100. `out` may be `logits` itself."""
+    wide = _wide(logits)
+    out = torch.empty_like(logits) if out is None else out
+    valid = targets != IGNORE
+    factor = torch.where(valid, scale, 0.0).to(wide)  # (T,)
+    local = targets.long() - vocab_start
+    here = valid & (local >= 0) & (local < logits.shape[1])
+    for start in range(0, logits.shape[0], rows):
+        part = slice(start, start + rows)
+        if out.dtype == wide:
+            block = torch.sub(logits[part], lse[part, None], out=out[part])
+        else:
+            block = logits[part].to(wide) - lse[part, None]
+        block.exp_().mul_(factor[part, None])
+        at = local[part].masked_fill(~here[part], 0)[:, None]
+        block.scatter_add_(1, at, -(factor[part] * here[part])[:, None])
+        if out.dtype != wide:
+            out[part] = block
+    # A masked row with infinite logits would give 0 · inf = nan.
+    return out.masked_fill_(~valid[:, None], 0)

@@ -1,0 +1,1 @@
+"""From raw files to clean documents: read, language, dedup, signals and rules, report."""

@@ -1,0 +1,1 @@
+"""Tokenizer, indexed datasets, sample order, loader. Only `loader` imports torch: preprocessing starts fast."""

@@ -1,0 +1,133 @@
+"""Samples of fixed length from an indexed dataset, in Megatron's order: documents shuffled, concatenated, cut into
+samples that overlap by one token, samples shuffled. The order depends on the seed and the number of samples alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opencoder.errors import DataError
+
+from .index import build_sample_index
+from .indexed import IndexedDataset
+
+SEPARATE_LAST_EPOCH_BELOW = 0.80
+"""If less than this share of the last epoch is wanted, it is shuffled apart: its few documents stay at the end."""
+
+
+class Sample(NamedTuple):
+    """One training sample; S is the sequence length."""
+
+    tokens: NDArray[np.int64]
+    """(S,)"""
+    labels: NDArray[np.int64]
+    """(S,) the next token of each; −100 = masked."""
+    cu_seqlens: NDArray[np.int32]
+    """Bounds of the documents inside, from 0 to S, out of the index (never guessed from end-of-document tokens)."""
+
+
+def split_bounds(split: str, n: int) -> list[tuple[int, int]]:
+    """Contiguous ranges [begin, end) of n documents in the proportions of `split`, e.g. "95,5,0"."""
+    try:
+        shares = [float(part) for part in split.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or min(shares) < 0 or sum(shares) <= 0:
+        raise DataError(f"data.split={split!r} must be numbers of which one is positive, for example 95,5,0")
+    edges = np.concatenate([[0.0], np.cumsum(shares) / sum(shares)])
+    at = [round(float(edge) * n) for edge in edges]
+    return list(pairwise(at))
+
+
+class GPTDataset:
+    """`num_samples` samples of `seq_len` tokens from documents [begin, end) of `data`; None: one epoch.
+
+    Raises DataError if the range holds too few tokens for one sample."""
+
+    def __init__(
+        self,
+        data: IndexedDataset,
+        *,
+        seq_len: int,
+        num_samples: int | None,
+        seed: int,
+        begin: int = 0,
+        end: int | None = None,
+    ) -> None:
+        self.data, self.seq_len = data, seq_len
+        end = len(data) if end is None else end
+        sequences = np.arange(begin, end, dtype=np.int32)
+        epoch_tokens = int(data.sizes[begin:end].sum(dtype=np.int64))
+        if epoch_tokens < seq_len + 1:
+            raise DataError(
+                f"{data.prefix}: documents {begin} to {end} hold {epoch_tokens} tokens, a sample needs {seq_len + 1}: "
+                "give more data, a shorter data.seq_len or another data.split"
+            )
+        epochs = 1 if num_samples is None else _epochs(num_samples, seq_len, epoch_tokens)
+        available = (epochs * epoch_tokens - 1) // seq_len
+        separate_at = _separate_at(epochs, epoch_tokens, seq_len, num_samples)
+        random = np.random.RandomState(seed)
+        self.document_index = _document_index(sequences, epochs, random, separate_last=separate_at is not None)
+        self.sample_index = build_sample_index(
+            np.asarray(data.sizes), self.document_index, seq_len=seq_len, num_samples=available
+        )
+        self.shuffle_index = _shuffle_index(separate_at or available, available, random)
+
+    def __len__(self) -> int:
+        return len(self.shuffle_index)
+
+    def __getitem__(self, i: int) -> Sample:
+        k = int(self.shuffle_index[i])
+        (first, start), (last, stop) = self.sample_index[k].tolist(), self.sample_index[k + 1].tolist()
+        pieces = []
+        for position in range(first, last + 1):
+            document = int(self.document_index[position])
+            begin = start if position == first else 0
+            end = stop + 1 if position == last else int(self.data.sizes[document])
+            pieces.append(self.data.get(document, begin, end - begin))
+        text = np.concatenate(pieces).astype(np.int64)
+        assert len(text) == self.seq_len + 1, (len(text), self.seq_len)
+        ends = np.cumsum([len(piece) for piece in pieces])
+        bounds = np.unique(np.clip(np.concatenate([[0], ends]), 0, self.seq_len)).astype(np.int32)
+        return Sample(text[:-1], text[1:], bounds)
+
+
+def _epochs(num_samples: int, seq_len: int, epoch_tokens: int) -> int:
+    """Least number of epochs with enough tokens for the samples and the last label."""
+    return max(1, -(-(num_samples * seq_len + 1) // epoch_tokens))
+
+
+def _separate_at(epochs: int, epoch_tokens: int, seq_len: int, num_samples: int | None) -> int | None:
+    """The sample at which the separately shuffled last epoch begins, or None if it is mixed with the others."""
+    if epochs == 1 or num_samples is None:
+        return None
+    before = ((epochs - 1) * epoch_tokens - 1) // seq_len
+    per_epoch = (epoch_tokens - 1) // seq_len
+    return before if num_samples - before < int(SEPARATE_LAST_EPOCH_BELOW * per_epoch) else None
+
+
+def _document_index(
+    sequences: NDArray[np.int32], epochs: int, random: np.random.RandomState, *, separate_last: bool
+) -> NDArray[np.int32]:
+    if not separate_last:
+        index = np.tile(sequences, epochs)
+        random.shuffle(index)
+        return index
+    index, last = np.tile(sequences, epochs - 1), sequences.copy()
+    random.shuffle(index)
+    random.shuffle(last)
+    return np.concatenate([index, last])
+
+
+def _shuffle_index(first: int, total: int, random: np.random.RandomState) -> NDArray[np.generic]:
+    dtype = np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64
+    index = np.arange(first, dtype=dtype)
+    random.shuffle(index)
+    if first == total:
+        return index
+    rest = np.arange(first, total, dtype=dtype)
+    random.shuffle(rest)
+    return np.concatenate([index, rest])

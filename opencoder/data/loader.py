@@ -1,0 +1,107 @@
+"""Batches of one optimizer step, the same global order for any number of data-parallel ranks and loader workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from opencoder.errors import ConfigError
+
+from .gpt import Sample
+
+
+class MicroBatch(NamedTuple):
+    """Samples of one forward pass; B samples of S tokens."""
+
+    tokens: torch.Tensor
+    """(B, S) int64"""
+    labels: torch.Tensor
+    """(B, S) int64, −100 = masked"""
+    cu_seqlens: torch.Tensor | None
+    """Document bounds over the B·S tokens seen as one row, int32; None without a document mask."""
+    max_seqlen: int | None
+    """Longest document, tokens."""
+
+
+class _Samples(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+class BatchLoader:
+    """Iterating gives, for each optimizer step from `start_sample` on, this rank's micro-batches.
+
+    Of the global batch that begins at sample s, micro-batch m of rank r holds samples s + (m·dp + r)·b + [0, b), with b
+    the micro-batch size: the position in the data is one number. Raises ConfigError if the batch does not divide."""
+
+    def __init__(
+        self,
+        dataset: _Samples,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        start_sample: int = 0,
+        document_mask: bool = False,
+        workers: int = 0,
+    ) -> None:
+        per_pass = micro_batch_size * dp_size
+        if global_batch_size % per_pass:
+            raise ConfigError(
+                f"global batch of {global_batch_size} is not a multiple of micro-batch·dp = "
+                f"{micro_batch_size}·{dp_size}: set it to a multiple of {per_pass}"
+            )
+        self.dataset = dataset
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.consumed = start_sample
+        """Samples of the global order given out so far."""
+        self.document_mask, self.workers = document_mask, workers
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Indices of each of this rank's micro-batches, in order; an incomplete last global batch is left out."""
+        stride, b = self.micro_batch_size * self.dp_size, self.micro_batch_size
+        for step in range(self.consumed, len(self.dataset) - self.global_batch_size + 1, self.global_batch_size):
+            for first in range(step, step + self.global_batch_size, stride):
+                begin = first + self.dp_rank * b
+                yield list(range(begin, begin + b))
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        loader: DataLoader[Any] = DataLoader(
+            self.dataset,  # type: ignore[arg-type]  # a map-style dataset by its methods
+            batch_sampler=self._batches(),  # type: ignore[arg-type]  # any iterable will do,
+            num_workers=self.workers,
+            collate_fn=_Collate(self.document_mask),
+            prefetch_factor=2 if self.workers else None,
+        )
+        per_step = self.global_batch_size // (self.micro_batch_size * self.dp_size)
+        step: list[MicroBatch] = []
+        for micro_batch in loader:
+            step.append(micro_batch)
+            if len(step) == per_step:
+                self.consumed += self.global_batch_size
+                yield step
+                step = []
+
+
+class _Collate:
+    """Stacks samples; with a document mask, chains their bounds."""
+
+    def __init__(self, document_mask: bool) -> None:
+        self.document_mask = document_mask
+
+    def __call__(self, samples: list[Sample]) -> MicroBatch:
+        tokens = torch.from_numpy(np.stack([s.tokens for s in samples]))
+        labels = torch.from_numpy(np.stack([s.labels for s in samples]))
+        if not self.document_mask:
+            return MicroBatch(tokens, labels, None, None)
+        length = tokens.shape[1]
+        bounds = [np.zeros(1, np.int32), *(s.cu_seqlens[1:] + i * length for i, s in enumerate(samples))]
+        cu_seqlens = np.concatenate(bounds).astype(np.int32)
+        return MicroBatch(tokens, labels, torch.from_numpy(cu_seqlens), int(np.diff(cu_seqlens).max()))

@@ -1,0 +1,104 @@
+"""The decoder: sizes, documents, and independence of how a batch is cut."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from opencoder.config import PRESETS
+from opencoder.model.decoder import Decoder, Documents, named_parameters, parameter_count
+from opencoder.model.initialise import build_model
+from opencoder.parallel.mesh import Mesh
+from opencoder.parallel.placement import placement_of
+
+from .cases import batch, model_config
+
+pytestmark = pytest.mark.fast
+CPU = torch.device("cpu")
+
+
+def small(dtype: torch.dtype = torch.float64, **changes: object) -> Decoder:
+    return build_model(model_config(**changes), Mesh(), dtype=dtype, device=CPU, seed=1)
+
+
+@pytest.mark.parametrize(("preset", "count"), [("opencoder-1.5b", 1_905_650_880), ("opencoder-8b", 7_771_262_976)])
+def test_published_models_have_their_published_size(preset: str, count: int) -> None:
+    assert parameter_count(model_config({}, preset=preset)) == count
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_builds(preset: str) -> None:
+    assert parameter_count(model_config({}, preset=preset)) > 0
+
+
+def test_parameters_carry_hugging_face_names_and_placements() -> None:
+    names = named_parameters(small())
+    assert {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= set(names)
+    assert "model.layers.1.self_attn.q_proj.weight" in names
+    for parameter in names.values():
+        assert placement_of(parameter).global_shape == tuple(parameter.shape)
+
+
+def test_loss_equals_cross_entropy_of_the_logits_and_so_do_gradients() -> None:
+    model = small(head={"chunk_tokens": 7})  # a chunk that does not divide the tokens
+    tokens, labels = batch(250, 3, 20)
+    total, stats = model.loss(tokens, labels)
+    total.backward()
+    ours = {k: p.grad.clone() for k, p in named_parameters(model).items()}
+    model.zero_grad()
+    logits = model(tokens)
+    truth = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    truth.backward()
+    assert torch.allclose(total, truth, rtol=1e-13)
+    assert int(stats["tokens"]) == int((labels >= 0).sum())
+    for key, p in named_parameters(model).items():
+        assert (ours[key] - p.grad).norm() <= 1e-12 * p.grad.norm(), key
+
+
+def test_first_loss_is_that_of_a_uniform_guess() -> None:
+    tokens, labels = batch(250, 2, 32)
+    total, stats = small(torch.float32).loss(tokens, labels)
+    assert abs(total.item() / int(stats["tokens"]) / math.log(256) - 1) < 0.05
+
+
+def test_documents_do_not_see_one_another() -> None:
+    model = small()
+    tokens, _ = batch(250, 2, 16)
+    documents = Documents(torch.tensor([0, 5, 16, 20, 32], dtype=torch.int32), 12)
+    packed = model(tokens, documents).flatten(0, 1)
+    alone = torch.cat([model(tokens.flatten()[a:b][None])[0] for a, b in ((0, 5), (5, 16), (16, 20), (20, 32))])
+    assert torch.allclose(packed, alone, rtol=1e-11, atol=1e-12)
+    changed = tokens.clone()
+    changed[0, 0] = (changed[0, 0] + 1) % 250
+    assert torch.equal(model(changed, documents).flatten(0, 1)[5:], packed[5:])
+
+
+def test_recompute_changes_nothing() -> None:
+    tokens, labels = batch(250, 2, 16)
+    grads = []
+    for recompute in ("none", "full"):
+        model = build_model(model_config(), Mesh(), dtype=torch.float64, device=CPU, seed=1, recompute=recompute)
+        model.loss(tokens, labels)[0].backward()
+        grads.append({k: p.grad for k, p in named_parameters(model).items()})
+    for key in grads[0]:
+        assert torch.equal(grads[0][key], grads[1][key]), key
+
+
+def test_tied_head_is_the_embedding() -> None:
+    model = small(tie_embeddings=True)
+    assert model.lm_head.weight is model.embed_tokens.weight
+    assert "lm_head.weight" not in named_parameters(model)
+    tokens, labels = batch(250, 2, 16)
+    model.loss(tokens, labels)[0].backward()
+    assert model.embed_tokens.weight.grad is not None
+
+
+def test_same_seed_same_weights_other_seed_other_weights() -> None:
+    a, b = small(), small()
+    c = build_model(model_config(), Mesh(), dtype=torch.float64, device=CPU, seed=2)
+    for key, p in named_parameters(a).items():
+        assert torch.equal(p, named_parameters(b)[key])
+        assert p.dim() == 1 or not torch.equal(p, named_parameters(c)[key])

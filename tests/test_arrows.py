@@ -1,0 +1,76 @@
+"""The direction of imports: csrc <- kernels <- opencoder <- tools, and the order of rooms inside opencoder."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.fast
+ROOT = Path(__file__).parents[1]
+
+# A room may import the rooms of lower rank, never one of its own rank or above.
+RANK = {
+    "errors": 0, "files": 0, "native": 0, "config_loading": 1, "console": 1, "config": 2, "kernels": 0,
+    "corpus": 3, "data": 3, "parallel": 3, "model": 4, "optim": 5, "checkpoint": 6, "train": 7, "posttrain": 8,
+    "eval": 8, "tools": 9,
+}  # fmt: skip
+
+
+def imported_modules(file: Path, package: str) -> set[str]:
+    """Absolute dotted names of everything `file` (a module of `package`) imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, base] if base else parents)
+            names.update(f"{base}.{alias.name}" for alias in node.names)
+            names.add(base)
+    return names
+
+
+def rooms_of(names: set[str]) -> set[str]:
+    return {parts[1] for n in names if len(parts := n.split(".")) > 1 and parts[0] == "opencoder" and parts[1] in RANK}
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for folder, prefix in ((ROOT / "opencoder", ""), (ROOT / "kernels", "kernels"), (ROOT / "tools", "tools")):
+        for file in sorted(folder.rglob("*.py")):
+            relative = file.relative_to(folder)
+            if prefix == "" and relative.parts[0] in ("kernels", "tools"):
+                continue  # the symlinks
+            room = prefix or relative.parts[0].removesuffix(".py")
+            package = ".".join(["opencoder", *([prefix] if prefix else []), *relative.parts[:-1]])
+            found.append((room, file, package))
+    return found
+
+
+@pytest.mark.parametrize(("room", "file", "package"), modules(), ids=lambda v: v.name if isinstance(v, Path) else None)
+def test_imports_point_down(room: str, file: Path, package: str) -> None:
+    if room == "__init__":
+        return
+    for other in rooms_of(imported_modules(file, package)) - {room}:
+        assert RANK[other] < RANK[room], f"{file.relative_to(ROOT)} ({room}) imports {other}"
+
+
+def test_every_room_has_a_rank() -> None:
+    rooms = {p.name.removesuffix(".py") for p in (ROOT / "opencoder").iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert rooms - {"__init__", "__pycache__"} <= set(RANK)
+
+
+def test_an_arrow_the_other_way_is_seen(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text("from ..train import loop\nfrom opencoder.tools.cli import main\n")
+    assert rooms_of(imported_modules(bad, "opencoder.corpus")) == {"train", "tools"}
+
+
+def test_kernels_know_nothing_of_the_rest() -> None:
+    for room, file, package in modules():
+        if room == "kernels":
+            assert rooms_of(imported_modules(file, package)) <= {"kernels"}, file

@@ -1,0 +1,114 @@
+"""The configuration tree: types, near names, presets and the rules between fields."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from opencoder.config import Config, load_config, load_corpus_config, validate
+from opencoder.errors import ConfigError
+
+pytestmark = pytest.mark.fast
+
+BASE = "run_dir: r\nmodel: {preset: demo}\ntrain: {steps: 100}\n"
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def refused(path: Path, *overrides: str, world_size: int = 1) -> str:
+    with pytest.raises(ConfigError) as caught:
+        validate(load_config(path, list(overrides)), world_size)
+    return str(caught.value)
+
+
+def test_overrides_reach_every_depth(config_file: Path) -> None:
+    config = load_config(config_file, ["optim.lr=1e-4", "model.head.chunk_tokens=64", "data.blend=[{prefix: a}]"])
+    assert (config.optim.lr, config.model.head.chunk_tokens) == (1e-4, 64)
+    assert load_config(config_file, ["data.blend=[{prefix: a}]", "data.blend.0.weight=3"]).data.blend[0].weight == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("optim.lrr=1", "did you mean `lr`"),
+        ("modle.layers=2", "did you mean `model`"),
+        ("data.blend=[{prefx: a}]", "did you mean `prefix`"),
+        ("model.preset=opencoder-2b", "opencoder-1.5b"),
+        ("train.steps=many", "valid integer"),
+        ("train.precision=fp8", "fp32"),
+        ("steps", "key=value"),
+        ("parallel.tp=0", "greater than or equal to 1"),
+    ],
+)
+def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says: str) -> None:
+    assert says in refused(config_file, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "says"),
+    [
+        (["model.preset=opencoder-1.5b", "parallel.tp=4"], 4, "model.heads=14 cannot be split over parallel.tp=4"),
+        (["model.preset=opencoder-1.5b", "parallel.tp=4"], 4, "[1, 2, 7, 14]"),
+        (["parallel.tp=2"], 3, "not a multiple of tp·pp·cp"),
+        (["train.global_batch_size=6"], 4, "set it to a multiple"),
+        (["train.samples=100"], 1, "exactly one of"),
+        (["train.steps=null", "train.samples=100"], 1, "not a multiple of train.global_batch_size=8"),
+        (["model.kv_heads=3"], 1, "must divide model.heads=8"),
+        (["model.padded_vocab_size=100"], 1, "less than model.vocab_size=8192"),
+        (["data.seq_len=5000"], 1, "longer than model.max_seq_len"),
+        (["optim.warmup_steps=60", "optim.decay_steps=60"], 1, "exceed the run's 100 steps"),
+        (["optim.min_lr=1"], 1, "above optim.lr"),
+        (["model.head_dim=33"], 1, "must be even"),
+        (["parallel.pp=2"], 2, "not available"),
+        (["data.kind=sft"], 1, "not available"),
+    ],
+)
+def test_rules_between_fields(config_file: Path, overrides: list[str], world_size: int, says: str) -> None:
+    assert says in refused(config_file, "data.seq_len=128", *overrides, world_size=world_size)
+
+
+def test_preset_fills_and_explicit_keys_win(config_file: Path) -> None:
+    model = load_config(config_file, ["model.preset=opencoder-8b", "model.layers=2"]).model
+    assert (model.layers, model.hidden_size, model.kv_heads, model.rope_theta) == (2, 4096, 8, 5e5)
+
+
+def test_padded_vocabulary_is_explicit_and_free_of_tp(config_file: Path) -> None:
+    sizes = {
+        load_config(config_file, ["model.vocab_size=8100", f"parallel.tp={tp}"]).model.padded_vocab_size
+        for tp in (1, 2, 8)
+    }
+    assert sizes == {8192}
+
+
+def test_missing_fields_are_named_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("run_dir: r\nmodel: {hidden_size: 64}\n")
+    text = refused(path)
+    assert "`model.layers` is missing" in text
+    assert "model.preset" in text
+
+
+def test_resolved_configuration_reads_back_equal(config_file: Path) -> None:
+    config = load_config(config_file, ["optim.betas=[0.9, 0.99]"])
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_unreadable_and_malformed_files(tmp_path: Path) -> None:
+    assert "cannot be read" in refused(tmp_path / "absent.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1\n")
+    assert "not valid YAML" in refused(bad)
+    bad.write_text("- 1\n")
+    assert "mapping" in refused(bad)
+
+
+def test_corpus_configuration(tmp_path: Path) -> None:
+    assert load_corpus_config(None, ["dedup.preset=bigcode"]).dedup.preset == "bigcode"
+    with pytest.raises(ConfigError, match="did you mean `dedup`"):
+        load_corpus_config(None, ["dedupe.preset=bigcode"])
