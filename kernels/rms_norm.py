@@ -16,6 +16,9 @@ from .reference.norm import rms_norm as _reference
 
 register("rms_norm", "reference")(_reference)
 
+_CPP_MISSING = cpp_missing()
+"""Why the C++ operators cannot run, None if they can. Settled at import, so that torch.compile sees a constant."""
+
 
 def rms_norm(
     x: torch.Tensor,
@@ -52,7 +55,7 @@ def _registered(x: torch.Tensor, weight: torch.Tensor, *, eps: float, residual: 
 def _cpp_supports(x: torch.Tensor, weight: torch.Tensor, **options: Any) -> str | None:
     if x.device.type != "cpu":
         return f"x is on {x.device.type}; the C++ operators are for cpu"
-    return cpp_missing()
+    return _CPP_MISSING
 
 
 register("rms_norm", "cpp", _cpp_supports)(_registered)

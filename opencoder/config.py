@@ -285,7 +285,7 @@ class CorpusConfig(Branch):
     read: ReadConfig = ReadConfig()
     dedup: DedupConfig = DedupConfig()
     rules: RulesConfig = RulesConfig()
-    shard_bytes: int = Field(64_000_000, ge=1)
+    shard_bytes: int = Field(16_000_000, ge=1)
     """Input bytes per task."""
     seed: int = 1234
     """Chooses the samples shown in the report."""

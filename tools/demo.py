@@ -31,6 +31,7 @@ STEPS = 150
 INTERRUPT_AT = 60
 SEQ_LEN = 256
 PROMPT = "def __init__(self, "
+SAMPLING = ("--max-new-tokens", 96, "--temperature", 0.8, "--top-p", 0.95, "--seed", 1)
 CONFIG: dict[str, Any] = {
     "model": {"preset": "demo", "vocab_size": VOCAB_SIZE},
     "parallel": {"tp": 2},
@@ -193,7 +194,7 @@ class Demo:
         output = self.root / "hf"
         opencoder("convert", "--from", "native", "--to", "hf", "--input", self.root / "run", "--output", output)
         largest = compare_logits(self.root / "run", output)
-        sample = captured("generate", "--model", output, "--prompt", PROMPT, "--max-new-tokens", 96)
+        sample = captured("generate", "--model", output, "--prompt", PROMPT, *SAMPLING)
         return {"max_logit_difference": largest, "prompt": PROMPT, "sample": sample}
 
 

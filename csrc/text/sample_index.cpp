@@ -40,6 +40,7 @@ py::array_t<Out> sample_index(const Array<int32_t>& sizes, const Array<int32_t>&
                     break;
                 }
                 if (position == entries - 1) {  // the last sample may be short; it ends with the last document
+                    if (k != num_samples) throw std::out_of_range("the documents hold fewer tokens than the samples need");
                     offset = size[document] - extra;
                     break;
                 }

@@ -31,7 +31,7 @@ def forward_kernel(
     if HAS_RESIDUAL:
         total += tl.load(residual_ptr + at, mask=inside, other=0.0).to(REAL)
         tl.store(total_ptr + at, total.to(total_ptr.dtype.element_ty), mask=inside)
-    rstd = 1.0 / tl.sqrt(tl.sum(total * total, 0) / WIDTH + eps.to(REAL))
+    rstd = 1.0 / tl.sqrt(tl.sum(total * total, 0) / WIDTH + eps)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(REAL)
     tl.store(y_ptr + at, (total * rstd * weight).to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(rstd_ptr + row, rstd)
@@ -48,7 +48,9 @@ def backward_kernel(
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(REAL)
     dweight = tl.zeros((BLOCK,), dtype=REAL)
     for row in range(program, rows, tl.num_programs(0)):
-        at = row.to(tl.int64) * WIDTH + column
+        at = (
+            tl.zeros((1,), dtype=tl.int64) + row
+        ) * WIDTH + column  # int64, and right for the interpreter's plain ints
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(REAL)
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(REAL)
         rstd = tl.load(rstd_ptr + row)

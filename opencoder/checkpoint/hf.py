@@ -91,7 +91,7 @@ def _refuse_foreign(output: Path) -> None:
 
 
 def _write_shards(folder: Path, output: Path, config: ModelConfig, dtype: str | None, shard_bytes: int) -> torch.dtype:
-    metadata = dcp.FileSystemReader(folder / "tensors").read_metadata().state_dict_metadata
+    metadata: dict[str, Any] = dcp.FileSystemReader(folder / "tensors").read_metadata().state_dict_metadata
     expected = shapes(config)
     if absent := [key for key in expected if key not in metadata]:
         raise DataError(f"checkpoint {folder} has no tensor {absent[0]}: its config.yaml describes another model")
@@ -102,7 +102,7 @@ def _write_shards(folder: Path, output: Path, config: ModelConfig, dtype: str | 
     with ProgressBar("export", total=len(groups), unit="files") as bar:
         for i, keys in enumerate(groups):
             tensors = {key: torch.empty(expected[key], dtype=saved_type) for key in keys}
-            dcp.load(tensors, checkpoint_id=folder / "tensors", no_dist=True)
+            native.load_whole(folder, tensors)
             name = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
             save_file({k: t.to(target) for k, t in tensors.items()}, output / name, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(keys, name))
@@ -135,13 +135,14 @@ def to_transformers(source: str | Path) -> Any:
     folder = native.resolve(source)
     config = native.read_config(folder).model
     native.check_files(folder)
-    metadata = dcp.FileSystemReader(folder / "tensors").read_metadata().state_dict_metadata
+    metadata: dict[str, Any] = dcp.FileSystemReader(folder / "tensors").read_metadata().state_dict_metadata
     expected = shapes(config)
     dtype = metadata[next(iter(expected))].properties.dtype
     tensors = {key: torch.empty(shape, dtype=dtype) for key, shape in expected.items()}
-    dcp.load(tensors, checkpoint_id=folder / "tensors", no_dist=True)
+    native.load_whole(folder, tensors)
     ids = tokenizer_ids(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
-    model = LlamaForCausalLM(LlamaConfig(**hf_config(config, dtype, ids))).to(dtype)
+    model: Any = LlamaForCausalLM(LlamaConfig(**hf_config(config, dtype, ids)))
+    model = model.to(dtype)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     if unexpected or [key for key in missing if not (config.tie_embeddings and key == "lm_head.weight")]:
         raise DataError(f"checkpoint {folder} does not fit transformers: missing {missing}, unexpected {unexpected}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,10 @@ def hf_config(config: ModelConfig, dtype: torch.dtype, ids: TokenizerIds | None)
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
         # Explicit nulls: LlamaConfig would otherwise assume ids 1 and 2.
-        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **(ids.as_dict() if ids else {}),
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        **(ids.as_dict() if ids else {}),
     }
 
 
@@ -116,7 +120,7 @@ def check_ids(folder: Path) -> None:
         sources["the tokenizer"] = dict(ids.as_dict())
     for key in ("bos_token_id", "eos_token_id"):
         stated = [(name, _ids(values[key])) for name, values in sources.items() if values.get(key) is not None]
-        for (name, value), (other, against) in zip(stated, stated[1:], strict=False):
+        for (name, value), (other, against) in pairwise(stated):
             if not value & against:
                 raise DataError(
                     f"{folder}: {key} is {sorted(value)} in {name} but {sorted(against)} in {other}: make them agree"

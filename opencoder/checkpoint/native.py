@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +91,8 @@ def finish(temporary: Path, folder: Path) -> None:
 def write_tensors(folder: Path, tensors: Tensors, mesh: Mesh) -> None:
     """Write `tensors` from all ranks; parts equal on several ranks are written once."""
     state = {key: as_global(local, placement, mesh) for key, (local, placement) in tensors.items()}
-    if mesh.device_mesh is None:
-        dcp.save(state, checkpoint_id=folder, no_dist=True)
-    else:
-        dcp.save(state, checkpoint_id=folder)
+    with _single_process_is_meant():
+        dcp.save(state, checkpoint_id=folder, no_dist=mesh.device_mesh is None)
 
 
 def _cause(error: BaseException) -> str:
@@ -186,4 +186,19 @@ def load_tensors(folder: Path, tensors: Tensors, mesh: Mesh) -> None:
                 "model configuration the checkpoint was written with"
             )
     state = {key: as_global(local.detach(), placement, mesh) for key, (local, placement) in tensors.items()}
-    dcp.load(state, checkpoint_id=folder / "tensors", no_dist=not dist.is_initialized())
+    with _single_process_is_meant():
+        dcp.load(state, checkpoint_id=folder / "tensors", no_dist=not dist.is_initialized())
+
+
+def load_whole(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill whole tensors in place, in this process alone."""
+    with _single_process_is_meant():
+        dcp.load(tensors, checkpoint_id=folder / "tensors", no_dist=True)
+
+
+@contextmanager
+def _single_process_is_meant() -> Iterator[None]:
+    """Without torch's remark that there is no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield

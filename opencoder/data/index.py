@@ -4,6 +4,8 @@ Golden vectors: tests/data/test_index.py."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,7 +14,7 @@ from opencoder.native import text_engine
 
 def build_sample_index(
     sizes: NDArray[np.int32], document_index: NDArray[np.int32], *, seq_len: int, num_samples: int, extra: int = 1
-) -> NDArray[np.int32] | NDArray[np.int64]:
+) -> NDArray[Any]:
     """(num_samples + 1, 2): position in `document_index` and token offset there of each sample's first token.
 
     sizes (sequences,) in tokens. Neighbouring samples share `extra` tokens. int32, or int64 where it would not fit.
@@ -22,7 +24,7 @@ def build_sample_index(
     try:
         if engine is not None:
             build = engine.sample_index_int64 if wide else engine.sample_index_int32
-            index: NDArray[np.int32] = build(sizes, document_index, seq_len, num_samples, extra)
+            index: NDArray[Any] = build(sizes, document_index, seq_len, num_samples, extra)
             return index
         return _sample_index(sizes, document_index, seq_len, num_samples, extra).astype(np.int64 if wide else np.int32)
     except IndexError as error:

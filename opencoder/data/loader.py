@@ -75,7 +75,7 @@ class BatchLoader:
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         loader: DataLoader[Any] = DataLoader(
             self.dataset,  # type: ignore[arg-type]  # a map-style dataset by its methods
-            batch_sampler=self._batches(),  # type: ignore[arg-type]  # any iterable will do,
+            batch_sampler=self._batches(),  # any iterable will do
             num_workers=self.workers,
             collate_fn=_Collate(self.document_mask),
             prefetch_factor=2 if self.workers else None,

@@ -127,14 +127,14 @@ def load(folder: str | Path) -> LoadedTokenizer:
     eod = tokenizer.token_to_id(eos) if eos else None
     if eod is None:
         raise DataError(f"{folder}/tokenizer_config.json names no eos_token that tokenizer.json has (it says {eos!r})")
-    fim = [tokenizer.token_to_id(t) for t in (FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX)]
+    fim = [i for t in (FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX) if (i := tokenizer.token_to_id(t)) is not None]
     return LoadedTokenizer(
         tokenizer=tokenizer,
         hash=hashlib.sha256(file.read_bytes()).hexdigest(),
         size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         eod_id=eod,
         im_end_id=tokenizer.token_to_id(TURN_END),
-        fim_ids=(fim[0], fim[1], fim[2]) if None not in fim else None,
+        fim_ids=(fim[0], fim[1], fim[2]) if len(fim) == 3 else None,
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from opencoder.config import ModelConfig
 from opencoder.parallel.mesh import Mesh
-from opencoder.parallel.placement import placement_of
+from opencoder.parallel.placement import place, placement_of
 
 from .decoder import Decoder, named_parameters
 
@@ -26,10 +26,10 @@ def build_model(
         model = Decoder(config, mesh, recompute=recompute)
     placements = {name: placement_of(p) for name, p in model.named_parameters()}
     model = model.to(dtype).to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        parameter.placement = placements[name]  # type: ignore[attr-defined]  # to_empty makes new parameters
-    if config.tie_embeddings:
+    if config.tie_embeddings:  # to_empty makes new parameters, one for each place a tied one stood in
         model.lm_head.weight = model.embed_tokens.weight
+    for name, parameter in model.named_parameters():
+        place(parameter, placements[name])
     initialise(model, mesh, seed=seed, std=config.init_std)
     return model
 

@@ -78,7 +78,7 @@ def _ring(size: int, ranks: int) -> int:
 
 def _activations(config: Config, mesh: Mesh, tokens: int, width: int) -> int:
     m, tp = config.model, mesh.tp.size
-    # per token: input, sum and output of two norms; q, k (before and after rotary), v, attention output; gate, up, product
+    # per token: input, sum, output of two norms; q, k (before and after rotary), v, attention output; gate, up, product
     split = (3 * m.heads + 3 * m.kv_heads) * m.head_dim + 3 * m.ffn_size
     layer = tokens * width * (6 * m.hidden_size + split // tp)
     if config.train.recompute == "full":
