@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus made with other parameters")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. dedup.preset=bigcode")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # options and overrides in any order
     # `--input A B key=value`: argparse hands the overrides to --input, which takes as many words as it can get.
     overrides = [*args.overrides, *(p for p in args.input if "=" in p and not os.path.lexists(p))]
     inputs = [p for p in args.input if p not in overrides]

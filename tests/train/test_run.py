@@ -1,0 +1,310 @@
+"""The training command: resume, signals, kills, metrics, and what it refuses to start with."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from opencoder.checkpoint import native
+from opencoder.data.indexed import IndexedWriter
+from opencoder.train.metrics import read_rows
+
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "--shutdown-timeout",
+    "60",
+]
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "d"
+    draw = np.random.default_rng(0)
+    with IndexedWriter(path, np.uint16) as writer:
+        for _ in range(200):
+            start = int(draw.integers(0, 200))
+            writer.add_document(((start + np.arange(int(draw.integers(5, 60)))) % 250).tolist())
+    return path
+
+
+def config(tmp_path: Path, prefix: Path, name: str = "run", **sections: Any) -> Path:
+    tree: dict[str, Any] = {
+        "run_dir": str(tmp_path / name),
+        "model": {
+            "layers": 2,
+            "hidden_size": 64,
+            "heads": 4,
+            "kv_heads": 2,
+            "ffn_size": 96,
+            "vocab_size": 250,
+            "max_seq_len": 64,
+        },
+        "data": {"blend": [{"prefix": str(prefix)}], "seq_len": 32, "split": "90,10,0"},
+        "train": {"steps": 12, "global_batch_size": 8, "micro_batch_size": 2, "threads": 1},
+        "optim": {"lr": 3e-3, "warmup_steps": 2, "decay_steps": 4},
+        "checkpoint": {"every": 4},
+        "log": {"tensorboard": False},
+    }
+    for section, keys in sections.items():
+        tree[section] |= keys
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def train(path: Path, *overrides: str, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+    launcher = TORCHRUN if ranks == 2 else [sys.executable]
+    done = subprocess.run(
+        [*launcher, "-m", "opencoder.train", str(path), *overrides],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def losses(run: Path) -> list[float]:
+    rows = read_rows(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, prefix: Path) -> Path:
+    """A run of 12 steps without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(config(folder, prefix, train={"eval_every": 6, "eval_samples": 8}, log={"tensorboard": True}))
+    return folder / "run"
+
+
+def test_metrics_hold_what_is_promised(whole: Path) -> None:
+    rows = read_rows(whole / "metrics.jsonl")
+    names = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "mem_gib", "data_wait_s", "step_s"}
+    assert all(names <= set(row) for row in rows)
+    assert [row["tokens"] for row in rows] == [8 * 32 * row["step"] for row in rows]
+    assert abs(rows[0]["loss"] / math.log(256) - 1) < 0.05
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert [row["step"] for row in rows if "valid_loss" in row] == [6, 12]
+    assert rows[-1]["lr"] == pytest.approx(1e-5)
+    assert rows[1]["lr"] == pytest.approx(3e-3)
+    assert list((whole / "tb").iterdir())
+    assert yaml.safe_load((whole / "config.yaml").read_text())["model"]["padded_vocab_size"] == 256
+    assert (whole / "checkpoints" / "latest").read_text() == "step_00000012\n"
+
+
+def same_checkpoints(a: Path, b: Path) -> bool:
+    """Tensor by tensor, weights and optimizer state."""
+    import torch
+
+    tensors = []
+    for run in (a, b):
+        folder = native.resolve(run)
+        import torch.distributed.checkpoint as dcp
+
+        metadata = dcp.FileSystemReader(folder / "tensors").read_metadata().state_dict_metadata
+        whole = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items()}  # type: ignore[union-attr]
+        native.load_whole(folder, whole)
+        tensors.append(whole)
+    assert tensors[0].keys() == tensors[1].keys()
+    return all(torch.equal(tensors[0][k], tensors[1][k]) for k in tensors[0])
+
+
+def test_stopped_by_sigterm_and_resumed_equals_an_undisturbed_run(tmp_path: Path, prefix: Path, whole: Path) -> None:
+    path = config(tmp_path, prefix, train={"eval_every": 6, "eval_samples": 8})
+    process = subprocess.Popen([sys.executable, "-m", "opencoder.train", str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0
+    assert "as asked; the same command goes on from here" in rest
+    stopped_at = int(native.resolve(tmp_path / "run").name.removeprefix("step_"))
+    assert 5 <= stopped_at < 12
+    assert f"at step {stopped_at}" in train(path).stdout
+    assert losses(tmp_path / "run") == losses(whole)
+    assert same_checkpoints(tmp_path / "run", whole)
+    assert "nothing to do" in train(path).stdout
+
+
+def test_two_processes_stopped_by_sigterm_save_and_resume(tmp_path: Path, prefix: Path, whole: Path) -> None:
+    path = config(tmp_path, prefix)
+    command = [*TORCHRUN, "-m", "opencoder.train", str(path), "parallel.tp=2", "train.steps=12"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)  # to torchrun, which hands it on to the workers
+            break
+    process.stdout.read()
+    assert process.wait() == 1  # torchrun's own status
+    assert 3 <= int(native.resolve(tmp_path / "run").name.removeprefix("step_")) < 12
+    train(path, "parallel.tp=2", ranks=2)
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path: Path, prefix: Path) -> None:
+    path = config(tmp_path, prefix, checkpoint={"every": None})
+    process = subprocess.Popen([sys.executable, "-m", "opencoder.train", str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGUSR1)
+            break
+    process.stdout.read()
+    assert process.wait() == 0
+    saved = [int(p.name.removeprefix("step_")) for p in native.list_checkpoints(tmp_path / "run")]
+    assert len(saved) == 2
+    assert 3 <= saved[0] < 12
+    assert saved[1] == 12
+
+
+@pytest.mark.parametrize("part", ["tensors", "state.json", "manifest.json"])
+def test_killed_while_saving_and_started_again_equals_an_undisturbed_run(
+    part: str, tmp_path: Path, prefix: Path, whole: Path
+) -> None:
+    """kill -9 as soon as `part` of the second checkpoint exists in its temporary folder."""
+    path = config(tmp_path, prefix, train={"eval_every": 6, "eval_samples": 8}, checkpoint={"every": 1})
+    process = subprocess.Popen([sys.executable, "-m", "opencoder.train", str(path)], stdout=subprocess.DEVNULL)
+    target = tmp_path / "run" / "checkpoints" / ".step_00000002.tmp" / part
+    final = tmp_path / "run" / "checkpoints" / "step_00000003"
+    while process.poll() is None and not target.exists() and not final.exists():
+        time.sleep(0.0005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    train(path)
+    assert losses(tmp_path / "run") == losses(whole)
+    assert same_checkpoints(tmp_path / "run", whole)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".step_*"))
+
+
+def test_resuming_at_another_layout_goes_on_with_the_same_data(tmp_path: Path, prefix: Path, whole: Path) -> None:
+    path = config(tmp_path, prefix)
+    stop = train(path, "optim.decay_steps=4", "train.steps=12", "checkpoint.every=6", ranks=2)  # dp 2
+    assert "dp = 2" in stop.stdout
+    found = losses(tmp_path / "run")
+    assert found == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_a_longer_run_keeps_the_order_of_the_first_stage(tmp_path: Path, prefix: Path) -> None:
+    path = config(tmp_path, prefix, optim={"schedule": "constant", "warmup_steps": 0, "decay_steps": 0})
+    train(path, "train.steps=6")
+    train(path, "train.steps=9")
+    state = native.read_state(native.resolve(tmp_path / "run"))
+    assert [stage["num_samples"] for stage in state["stages"]] == [48, 24]
+    assert len(losses(tmp_path / "run")) == 9
+
+
+def test_weights_can_start_another_run(tmp_path: Path, prefix: Path, whole: Path) -> None:
+    path = config(tmp_path, prefix, name="tuned", checkpoint={"load": str(whole)})
+    train(path, "train.steps=2", "optim.decay_steps=0", "optim.warmup_steps=0")
+    assert losses(tmp_path / "tuned")[0] < losses(whole)[0] - 0.1
+
+
+def test_16_bit_training_learns_and_resumes(tmp_path: Path, prefix: Path, whole: Path) -> None:
+    path = config(tmp_path, prefix, train={"precision": "bf16"})
+    train(path)
+    found = losses(tmp_path / "run")
+    assert found == pytest.approx(losses(whole), rel=0.03)
+
+
+def test_document_mask_trains(tmp_path: Path, prefix: Path) -> None:
+    path = config(tmp_path, prefix, data={"document_mask": True, "workers": 1})
+    train(path, "train.steps=4", "optim.decay_steps=0", "train.recompute=full")
+    assert len(losses(tmp_path / "run")) == 4
+
+
+# ---- refused ----
+
+
+def refused(path: Path, *overrides: str) -> str:
+    done = train(path, *overrides, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_what_cannot_start_is_refused_in_one_line(tmp_path: Path, prefix: Path) -> None:
+    path = config(tmp_path, prefix)
+    for overrides, says in [
+        (["optim.lrr=1"], "did you mean `lr`"),
+        (["parallel.tp=2"], "not a multiple of tp·pp·cp"),
+        (["parallel.tp=3"], "model.heads=4 cannot be split over parallel.tp=3: set parallel.tp to one of [1, 2, 4]"),
+        (["data.blend.0.prefix=/absent/d"], "/absent/d.bin does not exist"),
+        (["data.tokenizer=/absent"], "holds no tokenizer.json"),
+        (["data.blend=[]"], "data.blend is empty"),
+        (["checkpoint.load=/absent"], "no checkpoint"),
+    ]:
+        assert says in refused(path, *overrides)
+
+
+def test_a_cut_dataset_is_refused(tmp_path: Path, prefix: Path) -> None:
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"d{suffix}").write_bytes(Path(f"{prefix}{suffix}").read_bytes())
+    os.truncate(tmp_path / "d.bin", 1000)
+    assert "truncated or another file" in refused(config(tmp_path, tmp_path / "d"))
+
+
+def test_dataset_and_tokenizer_must_agree_with_the_model(tmp_path: Path, prefix: Path) -> None:
+    from opencoder.data import tokenizer as tok
+
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"d{suffix}").write_bytes(Path(f"{prefix}{suffix}").read_bytes())
+    facts = {"vocab_size": 999, "tokenizer_hash": "0" * 64, "eod_id": 7}
+    (tmp_path / "d.json").write_text(json.dumps(facts))
+    path = config(tmp_path, tmp_path / "d")
+    assert "vocabulary of 999, model.vocab_size=250 is smaller" in refused(path)
+    tok.save(tok.train(["x = 1\n" * 9], vocab_size=280), tmp_path / "tokenizer")
+    use = f"data.tokenizer={tmp_path / 'tokenizer'}"
+    assert "model.vocab_size=250 is smaller than the tokenizer" in refused(path, use)
+    text = refused(path, use, "model.vocab_size=1000")
+    assert re.search(r"tokenizer hash of data\.tokenizer=.* is [0-9a-f]{64}, of dataset .* 0{64}", text)
+
+
+def test_a_checkpoint_without_a_shard_is_refused_by_name(tmp_path: Path, prefix: Path) -> None:
+    path = config(tmp_path, prefix)
+    train(path, "train.steps=4", "optim.decay_steps=0")
+    shard = next((native.resolve(tmp_path / "run") / "tensors").glob("*.distcp"))
+    shard.unlink()
+    assert f"lacks tensors/{shard.name}" in refused(path, "train.steps=8", "optim.decay_steps=0")
+
+
+def test_another_sequence_length_is_not_a_resume(tmp_path: Path, prefix: Path) -> None:
+    path = config(tmp_path, prefix)
+    train(path, "train.steps=4", "optim.decay_steps=0")
+    assert "was started with 32" in refused(path, "data.seq_len=16", "train.steps=8", "optim.decay_steps=0")
+    assert "checkpoint.resume=never" in refused(path, "checkpoint.resume=never")
+
+
+def test_dry_run_prints_sizes_without_building(tmp_path: Path, prefix: Path) -> None:
+    path = config(tmp_path, prefix)
+    done = subprocess.run(
+        [sys.executable, "-m", "opencoder.train", str(path), "--dry-run", "--world-size", "64", "model.preset=opencoder-8b",
+         "model.layers=32", "model.hidden_size=4096", "model.heads=32", "model.kv_heads=8", "model.ffn_size=14336",
+         "model.vocab_size=96640", "model.max_seq_len=8192", "parallel.tp=2", "train.global_batch_size=64", "optim.lr=3e-4"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "world 64 = tp 2 × pp 1 × cp 1 × dp 32" in done.stdout
+    assert "7,771,262,976 in the model" in done.stdout
+    assert "estimated peak" in done.stdout
+    assert not (tmp_path / "run").exists()
