@@ -20,9 +20,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("opencoder.train.__main__", "train a model, or check a configuration with --dry-run"),
     "convert": ("opencoder.tools.convert_checkpoint", "checkpoints to and from Hugging Face format"),
     "generate": ("opencoder.tools.generate", "text from a native or Hugging Face checkpoint"),
+    "check-triton": ("opencoder.tools.check_triton", "compile the Triton kernels for GPUs without one"),
     "demo": ("opencoder.tools.demo", "the whole path on the Python standard library, in minutes"),
     "bench-train": ("opencoder.tools.bench_train", "training speed and memory beside transformers"),
-    "bench-corpus": ("opencoder.tools.bench_corpus", "MinHash and preprocess speed beside their peers"),
+    "bench-corpus": ("opencoder.tools.bench_corpus", "MinHash speed beside datasketch"),
+    "bench-preprocess": ("opencoder.tools.bench_preprocess", "tokenising speed beside a loop over HF tokenizers"),
 }
 
 

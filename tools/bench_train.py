@@ -1,0 +1,185 @@
+"""`opencoder bench-train`: a training step beside transformers' LlamaForCausalLM, same shape, batch and optimizer.
+
+Each side is a process of its own that takes a step when asked, so the two alternate and neither's memory counts for the
+other. Reported: best step of each, tokens/s, their ratio, peak resident memory, and model FLOP/s as a share of the GEMM
+rate measured in the same process."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from opencoder.console import Parser, run
+from opencoder.files import write_json
+
+SHAPE: dict[str, Any] = {
+    "layers": 8, "hidden_size": 512, "heads": 8, "kv_heads": 4, "ffn_size": 1376, "vocab_size": 96640, "max_seq_len": 1024,
+}  # fmt: skip
+BATCH, LENGTH = 4, 1024
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run both sides and print the table."""
+    parser = Parser("bench-train", "Training speed and peak memory beside transformers, fp32 on CPU.")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each side; the best counts")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of each side")
+    parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--side", choices=("ours", "transformers"), help="(internal) be one side")
+    args = parser.parse_args(argv)
+    if args.side:
+        return serve(args.side, args.threads)
+    sides = {name: Side(name, args.threads) for name in ("ours", "transformers")}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for round_ in range(args.steps + 1):  # the first round warms up
+        for name, side in sides.items():
+            seconds = side.step()
+            if round_:
+                times[name].append(seconds)
+    facts = {
+        name: {**side.finish(), "step_s": min(times[name]), "all_step_s": times[name]} for name, side in sides.items()
+    }
+    tokens = BATCH * LENGTH
+    for fact in facts.values():
+        fact["tokens_per_s"] = tokens / fact["step_s"]
+        fact["gemm_share"] = fact["flops_per_token"] * fact["tokens_per_s"] / (fact["gemm_tflops"] * 1e12)
+    ours, theirs = facts["ours"], facts["transformers"]
+    result = {
+        "shape": {**SHAPE, "batch": BATCH, "length": LENGTH, "threads": args.threads},
+        **facts,
+        "speed_ratio": ours["tokens_per_s"] / theirs["tokens_per_s"],
+        "memory_ratio": ours["peak_gib"] / theirs["peak_gib"],
+    }
+    print(table(result))
+    if args.json:
+        write_json(args.json, result)
+    return 0
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text."""
+    lines = [f"{'':<14}{'best step s':>12}{'tokens/s':>10}{'peak GiB':>10}{'of GEMM rate':>14}  loss of step 1"]
+    for name in ("ours", "transformers"):
+        f = result[name]
+        lines.append(
+            f"{name:<14}{f['step_s']:>12.2f}{f['tokens_per_s']:>10.0f}{f['peak_gib']:>10.2f}{f['gemm_share']:>14.1%}"
+            f"  {f['first_loss']:.4f}"
+        )
+    lines.append(
+        f"ours / transformers: {result['speed_ratio']:.2f}× tokens/s, {result['memory_ratio']:.2f}× peak memory"
+    )
+    return "\n".join(lines)
+
+
+class Side:
+    """One side's process, driven over its standard input."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        argv = [sys.executable, str(Path(__file__).resolve()), "--side", name, "--threads", str(threads)]
+        # One BLAS thread pool setting and allocator for both; transformers must not look for a hub.
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def _ask(self, what: str) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"a side of the benchmark ended with status {self.process.wait()}")
+        return json.loads(answer)
+
+    def step(self) -> float:
+        """Seconds of one training step."""
+        return float(self._ask("step"))
+
+    def finish(self) -> dict[str, Any]:
+        """Facts of the side; its process ends."""
+        facts: dict[str, Any] = self._ask("finish")
+        self.process.wait()
+        return facts
+
+
+def serve(name: str, threads: int) -> int:
+    """Be one side: answer `step` with seconds and `finish` with facts."""
+    import torch
+
+    from opencoder.config import ModelConfig
+    from opencoder.train.metrics import flops_per_token, measure_gemm_tflops
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    ids = torch.randint(0, SHAPE["vocab_size"], (BATCH, LENGTH + 1))
+    config = ModelConfig.model_validate(SHAPE)
+    step, parameters = (_ours if name == "ours" else _transformers)(config, ids)
+    first_loss = None
+    for line in sys.stdin:
+        if line.strip() == "finish":
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            gemm = measure_gemm_tflops(torch.device("cpu"), torch.float32)
+            flops = flops_per_token(config, parameters, LENGTH)
+            facts = {"peak_gib": peak, "gemm_tflops": gemm, "flops_per_token": flops, "first_loss": first_loss}
+            print(json.dumps(facts), flush=True)
+            return 0
+        start = time.perf_counter()
+        loss = step()
+        print(json.dumps(time.perf_counter() - start), flush=True)
+        first_loss = loss if first_loss is None else first_loss
+    return 1
+
+
+def _ours(config: Any, ids: Any) -> tuple[Callable[[], float], int]:
+    import torch
+
+    from opencoder.config import OptimConfig
+    from opencoder.model.decoder import named_parameters
+    from opencoder.model.initialise import build_model
+    from opencoder.optim.optimizer import Optimizer
+    from opencoder.parallel.mesh import Mesh
+
+    model = build_model(config, Mesh(), dtype=torch.float32, device=torch.device("cpu"), seed=0)
+    optimizer = Optimizer(named_parameters(model), OptimConfig(clip_norm=1.0), Mesh())
+    tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def step() -> float:
+        count = model.lm_head.begin_step([labels])
+        loss, _ = model.loss(tokens, labels)
+        (loss / count).backward()
+        optimizer.fold_gradients()
+        optimizer.step(lr=3e-4, grad_norm=optimizer.reduce_gradients())
+        return loss.item() / count
+
+    return step, sum(p.numel() for p in model.parameters())
+
+
+def _transformers(config: Any, ids: Any) -> tuple[Callable[[], float], int]:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from opencoder.checkpoint.hf_config import hf_config
+
+    settings = {**hf_config(config, torch.float32, None), "attn_implementation": "sdpa"}
+    model = LlamaForCausalLM(LlamaConfig(**settings)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def step() -> float:
+        loss = model(input_ids=tokens, labels=labels, shift_labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step, sum(p.numel() for p in model.parameters())
+
+
+if __name__ == "__main__":
+    run(main)
