@@ -65,6 +65,7 @@ class _Gigatoken:
 
     def __init__(self, module: Any, file: Path) -> None:
         self._module, self._file = module, file
+        self._awkward = importlib.import_module("awkward")  # comes with gigatoken, whose results are its arrays
         self._renew()
 
     def _renew(self) -> None:
@@ -75,5 +76,7 @@ class _Gigatoken:
         self._characters += sum(map(len, texts))
         if self._characters > RENEW_AFTER_CHARACTERS:
             self._renew()
-        rows = self._tokenizer.encode_batch(texts)
-        return [np.asarray(row, dtype=dtype) for row in rows]
+        rows = self._tokenizer.encode_batch(texts, parallel=False)
+        flat = self._awkward.to_numpy(self._awkward.flatten(rows)).astype(dtype)
+        ends = np.cumsum(self._awkward.to_numpy(self._awkward.num(rows)))
+        return np.split(flat, ends[:-1]) if texts else []
