@@ -26,8 +26,9 @@ def same_dtype(operator: str, **tensors: torch.Tensor) -> None:
         raise ValueError(f"{operator}: types differ: {types}; cast them to one")
 
 
-def cu_seqlens(operator: str, name: str, bounds: torch.Tensor, total: int) -> None:
-    """`bounds` is int32, 1-D, and (where reading it costs no synchronisation) rises from 0 to `total`."""
+def cu_seqlens(operator: str, name: str, bounds: torch.Tensor, total: int, longest: int | None = None) -> None:
+    """`bounds` is int32, 1-D, and (where reading it costs no synchronisation) rises from 0 to `total`, by at most
+    `longest` at a time."""
     if bounds.dtype != torch.int32 or bounds.dim() != 1 or bounds.numel() < 1:
         raise ValueError(f"{operator}: {name} must be 1-D int32, got {bounds.dtype} of shape {tuple(bounds.shape)}")
     if bounds.device.type == "cpu":
@@ -37,6 +38,9 @@ def cu_seqlens(operator: str, name: str, bounds: torch.Tensor, total: int) -> No
             raise ValueError(
                 f"{operator}: {name} must rise from 0 to the {total} tokens, got {values[:8]}…{values[-1]}"
             )
+        found = max((b - a for a, b in pairwise(values)), default=0)
+        if longest is not None and found > longest:
+            raise ValueError(f"{operator}: max_seqlen={longest}, but {name} holds a document of {found} tokens")
 
 
 def targets(operator: str, logits: torch.Tensor, target: torch.Tensor) -> None:

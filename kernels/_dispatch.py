@@ -40,6 +40,8 @@ class Implementation(NamedTuple):
     run: Callable[..., Any]
     supports: Callable[..., str | None]
     """Given the call's arguments: None, or the reason why not."""
+    missing: str | None = None
+    """Why no call at all can be served in this installation."""
 
 
 _REGISTRY: dict[str, dict[str, Implementation]] = {operator: {} for operator in ORDER}
@@ -51,11 +53,13 @@ def _anything(*args: Any, **kwargs: Any) -> str | None:
     return None
 
 
-def register(operator: str, name: str, supports: Callable[..., str | None] = _anything) -> Callable[..., Any]:
-    """Decorator: the function becomes implementation `name` of `operator`."""
+def register(
+    operator: str, name: str, supports: Callable[..., str | None] = _anything, *, missing: str | None = None
+) -> Callable[..., Any]:
+    """Decorator: the function becomes implementation `name` of `operator`; `missing`: why it is not installed."""
 
     def add(run: Callable[..., Any]) -> Callable[..., Any]:
-        _REGISTRY[operator][name] = Implementation(name, run, supports)
+        _REGISTRY[operator][name] = Implementation(name, run, supports, missing)
         return run
 
     return add
@@ -140,7 +144,8 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> str:
     if operator not in _REGISTRY:
         raise UnsupportedKernel(f"explain: no operator `{operator}`{_near(operator, _REGISTRY)}")
     impl = kwargs.pop("impl", "auto")
-    device_type = next((a.device.type for a in args if hasattr(a, "device")), "cpu")
+    _checked({operator: impl}, "explain")
+    device_type = next((a.device.type for a in (*args, *kwargs.values()) if hasattr(a, "device")), "cpu")
     named = impl if impl != "auto" else _from_context().get(operator) or _from_environment().get(operator, "auto")
     order = ORDER[operator].get(device_type, ("reference",))
     lines = [
@@ -162,6 +167,9 @@ def chosen(device_type: str = "cpu") -> str:
     context, environment = _from_context(), _from_environment()
     parts = []
     for operator, devices in ORDER.items():
-        available = [n for n in devices.get(device_type, ("reference",)) if n in _REGISTRY[operator]]
-        parts.append(f"{operator}={context.get(operator) or environment.get(operator) or available[0]}")
+        name = context.get(operator) or environment.get(operator, "auto")
+        if name == "auto":
+            found = (_REGISTRY[operator].get(n) for n in devices.get(device_type, ("reference",)))
+            name = next((i.name for i in found if i is not None and i.missing is None), "reference")
+        parts.append(f"{operator}={name}")
     return f"kernels on {device_type}: " + " ".join(parts)

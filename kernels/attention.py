@@ -54,7 +54,9 @@ def attention(
     aligned bottom-right. `window` = left, or (left, right), inclusive; None is unbounded. `scale` defaults to D^−½.
     A row that sees no key gives 0 and lse −inf. Returns out, or (out, lse) with lse (B,H,S), packed (H,T), in fp32 or
     wider. Source: arXiv:1706.03762, arXiv:2305.13245."""
-    case = _resolve("attention", q, k, v, causal, cu_seqlens, cu_seqlens_k, window, softcap, scale, return_lse)
+    case = _resolve(
+        "attention", q, k, v, causal, cu_seqlens, cu_seqlens_k, max_seqlen, window, softcap, scale, return_lse
+    )
     return choose("attention", impl, q.device.type, q, k, v, case=case).run(q, k, v, case=case)
 
 
@@ -77,7 +79,12 @@ def attention_backward(
     """dq, dk, dv from the output and log-sum-exp of `attention`; shapes as there.
 
     `out` and `lse` may belong to a larger set of keys than `k` (ring attention): the gradients are then that set's."""
-    case = _resolve("attention_backward", q, k, v, causal, cu_seqlens, cu_seqlens_k, window, softcap, scale, True)
+    options = (causal, cu_seqlens, cu_seqlens_k, max_seqlen, window, softcap, scale, True)
+    case = _resolve("attention_backward", q, k, v, *options)
+    statistics = (*q.shape[:-3], q.shape[-2], q.shape[-3])  # (B, H, S), packed (H, T)
+    for name, t, shape in (("dout", dout, q.shape), ("out", out, q.shape), ("lse", lse, statistics)):
+        if t.shape != shape:
+            raise ValueError(f"attention_backward: {name} must be {tuple(shape)}, got {tuple(t.shape)}")
     if case.bounds_q is None:
         return attention_backward_dense(dout, q, k, v, out, lse, **case.dense)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -96,6 +103,7 @@ def _resolve(
     causal: bool,
     cu_seqlens: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
+    max_seqlen: int | None,
     window: Any,
     softcap: float | None,
     scale: float | None,
@@ -117,14 +125,16 @@ def _resolve(
         raise ValueError(f"{operator}: cu_seqlens_k is given without cu_seqlens")
     bounds_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     if cu_seqlens is not None and bounds_k is not None:
-        _checks.cu_seqlens(operator, "cu_seqlens", cu_seqlens, q.shape[0])
+        _checks.cu_seqlens(operator, "cu_seqlens", cu_seqlens, q.shape[0], max_seqlen)
         _checks.cu_seqlens(operator, "cu_seqlens_k", bounds_k, k.shape[0])
         if cu_seqlens.shape != bounds_k.shape:
             raise ValueError(f"{operator}: cu_seqlens and cu_seqlens_k name different numbers of documents")
+    if isinstance(window, tuple) and len(window) != 2:
+        raise ValueError(f"{operator}: window={window}; it must be a number (left) or a pair (left, right)")
     left, right = window if isinstance(window, tuple) else (window, None)
     for side, size in (("left", left), ("right", right)):
-        if size is not None and size < 0:
-            raise ValueError(f"{operator}: window {side}={size}; allowed: 0 or more, None for unbounded")
+        if size is not None and (not isinstance(size, int) or size < 0):
+            raise ValueError(f"{operator}: window {side}={size}; allowed: an integer from 0 on, None for unbounded")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{operator}: softcap={softcap}; it must be positive, None for no cap")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -166,8 +176,8 @@ def _torch_supports(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, case: _Case | None = None, **kw: Any
 ) -> str | None:
     if case is None:  # from K.explain, with the public arguments
-        defaults: dict[str, Any] = {"causal": True, "cu_seqlens": None, "cu_seqlens_k": None, "window": None}
-        defaults |= {"softcap": None, "scale": None, "return_lse": False}
+        defaults: dict[str, Any] = {"causal": True, "cu_seqlens": None, "cu_seqlens_k": None}
+        defaults |= {"max_seqlen": None, "window": None, "softcap": None, "scale": None, "return_lse": False}
         case = _resolve("attention", q, k, v, **{**defaults, **{n: kw[n] for n in defaults if n in kw}})
     if case.window != (None, None):
         return "SDPA has no sliding window"

@@ -32,6 +32,10 @@ def cross_entropy(
     _checks.targets("cross_entropy", logits, targets)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"cross_entropy: reduction={reduction!r}; allowed: mean, sum, none")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"cross_entropy: label_smoothing={label_smoothing}; allowed: [0, 1]")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"cross_entropy: softcap={softcap}; it must be positive, None for no cap")
     if targets.device.type == "cpu" and targets.numel():
         valid = targets[targets != ignore_index]
         if valid.numel() and (valid.min() < 0 or valid.max() >= logits.shape[1]):
@@ -83,6 +87,11 @@ def ce_grad(
     result and may be `logits` itself (no second buffer)."""
     _checks.floating("ce_grad", logits=logits, lse=lse)
     _checks.targets("ce_grad", logits, targets)
+    rows = logits.shape[:1]
+    if lse.shape != rows:
+        raise ValueError(f"ce_grad: lse must be ({rows[0]},), got {tuple(lse.shape)}")
+    if isinstance(scale, torch.Tensor) and scale.shape not in ((), rows):
+        raise ValueError(f"ce_grad: scale must be a number or ({rows[0]},), got {tuple(scale.shape)}")
     if out is not None and (out.shape != logits.shape or out.dtype != logits.dtype):
         raise ValueError(
             f"ce_grad: out is {out.dtype} {tuple(out.shape)}; it must be like logits {tuple(logits.shape)}"

@@ -58,7 +58,7 @@ def _cpp_supports(x: torch.Tensor, weight: torch.Tensor, **options: Any) -> str 
     return _CPP_MISSING
 
 
-register("rms_norm", "cpp", _cpp_supports)(_registered)
+register("rms_norm", "cpp", _cpp_supports, missing=_CPP_MISSING)(_registered)
 
 
 # ---- torch: fake kernels and autograd ----
@@ -121,11 +121,12 @@ try:
     from .triton_kernels import rms_norm as _triton
 except ImportError:
     _triton = None  # type: ignore[assignment]
+_TRITON_MISSING = "triton is not installed: pip install triton" if _triton is None else None
 
 
 def _triton_supports(x: torch.Tensor, weight: torch.Tensor, **options: Any) -> str | None:
     if _triton is None:
-        return "triton is not installed: pip install triton"
+        return _TRITON_MISSING
     if x.device.type != "cuda" and not _triton.INTERPRETED:
         return f"x is on {x.device.type}; Triton kernels are for cuda (or any device with TRITON_INTERPRET=1)"
     if x.dtype == torch.bfloat16 and _triton.INTERPRETED:
@@ -155,7 +156,7 @@ class _TritonRMSNorm(torch.autograd.Function):
         return dx, dw.to(weight.dtype), None, dx if ctx.with_residual else None
 
 
-@register("rms_norm", "triton", _triton_supports)
+@register("rms_norm", "triton", _triton_supports, missing=_TRITON_MISSING)
 def _run_triton(x: torch.Tensor, weight: torch.Tensor, *, eps: float, residual: torch.Tensor | None = None) -> Any:
     if x.device.type == "cuda":
         return _registered(x, weight, eps=eps, residual=residual)

@@ -55,3 +55,47 @@ def _environment() -> dict[str, str]:
     import os
 
     return dict(os.environ)
+
+
+def install(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Install a copy of the sources with a compiler that always fails."""
+    source = tmp_path / "source"
+    subprocess.run(
+        f"mkdir {source} && git ls-files -co --exclude-standard -z | xargs -0 cp -a --parents -t {source}",
+        shell=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    pip = [
+        "-m",
+        "pip",
+        "install",
+        "-v",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(tmp_path / "installed"),
+        str(source),
+    ]
+    return python(
+        *pip, env={**_environment(), "CC": "false", "CXX": "false", "OPENCODER_REQUIRE_EXT": "0", **environment}
+    )
+
+
+def test_without_a_compiler_it_installs_runs_and_says_what_is_missing(tmp_path: Path) -> None:
+    done = install(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "was not built" in done.stdout + done.stderr
+    assert not list((tmp_path / "installed" / "opencoder").glob("*.so"))
+    code = (
+        # The editable install of this environment would lend its own libraries.
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        "import logging; logging.basicConfig()\n"
+        "import torch\nfrom opencoder import kernels as K\nfrom opencoder.corpus.minhash import signatures\n"
+        "for _ in range(3): K.rms_norm(torch.ones(2, 4), torch.ones(4), eps=1e-5); signatures(['a b c'], num_perm=4, ngram=2)"
+    )
+    ran = python("-P", "-c", code, cwd=tmp_path, env={**_environment(), "PYTHONPATH": str(tmp_path / "installed")})
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("apt-get install g++") == 2, "once for each library"
+
+
+def test_a_required_extension_that_does_not_build_is_an_error(tmp_path: Path) -> None:
+    assert install(tmp_path, OPENCODER_REQUIRE_EXT="1").returncode != 0

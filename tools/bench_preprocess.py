@@ -24,64 +24,84 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("bench-preprocess", "Tokenising speed beside a loop over HF tokenizers.")
     parser.add_argument("--workers", type=int, default=2, help="processes of our side")
     parser.add_argument("--megabytes", type=float, default=20.0, help="text to tokenise")
+    parser.add_argument("--large-megabytes", type=float, default=400.0, help="text for gigatoken, if it is installed")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each; the best counts")
     parser.add_argument("--vocab-size", type=int, default=8192, help="vocabulary of the tokenizer trained for this")
     parser.add_argument("--json", help="file for the numbers")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        megabytes = prepare(folder, args.megabytes, args.vocab_size)
-        sides = make_sides(folder, args.workers)
+        sizes = {"docs": prepare(folder, args.megabytes, args.vocab_size)}
+        if importlib.util.find_spec("gigatoken") is not None:
+            sizes["large"] = write_documents(folder / "large.jsonl", args.large_megabytes)
+        sides = make_sides(folder, args.workers, large="large" in sizes)
         best = dict.fromkeys(sides, float("inf"))
         for _ in range(args.rounds):
-            for side, work in sides.items():
+            for side, (_, work) in sides.items():
                 start = time.perf_counter()
                 work()
                 best[side] = min(best[side], time.perf_counter() - start)
-        expected = (folder / "loop.bin").read_bytes()
-        for file in folder.glob("ours-*.bin"):
-            if file.read_bytes() != expected:
-                raise Failure(f"{file.name} differs from the ids of the loop")
-    print(f"{megabytes:.1f} MB of text, {args.workers} workers, vocabulary {args.vocab_size}; equal ids")
-    for side, seconds in best.items():
-        print(f"{side:<24}{megabytes / seconds:>9.2f} MB/s{best['loop'] / seconds:>9.2f}× the loop")
-    if "gigatoken" not in " ".join(sides):
+        check_equal(folder)
+    rates = {side: sizes[source] / best[side] for side, (source, _) in sides.items()}
+    print(f"{args.workers} workers, vocabulary {args.vocab_size}; equal ids")
+    for side, rate in rates.items():
+        print(f"{side:<24}{sizes[sides[side][0]]:>8.1f} MB {rate:>9.2f} MB/s{rate / rates['loop']:>9.2f}× the loop")
+    if "large" not in sizes:
         print("gigatoken: not installed, not measured")
     if args.json:
-        write_json(args.json, {"megabytes": megabytes, "mb_per_s": {s: megabytes / t for s, t in best.items()}})
+        write_json(args.json, {"megabytes": sizes, "mb_per_s": rates})
     return 0
 
 
+def check_equal(folder: Path) -> None:
+    """Every dataset of the same documents must hold the loop's ids."""
+    expected = (folder / "loop.bin").read_bytes()
+    for file in folder.glob("docs-*.bin"):
+        if file.read_bytes() != expected:
+            raise Failure(f"{file.name} differs from the ids of the loop")
+
+
 def prepare(folder: Path, megabytes: float, vocab_size: int) -> float:
-    """A jsonl file of standard-library sources and a tokenizer trained on part of them; the size in MB."""
+    """FOLDER/docs.jsonl and a tokenizer trained on part of it; the size in MB."""
     from opencoder.data import tokenizer as tok
 
-    size, texts = 0, []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
-        if "site-packages" in path.parts:
-            continue
-        texts.append(path.read_text(encoding="utf-8", errors="replace"))
-        size += len(texts[-1].encode())
-        if size >= megabytes * 1e6:
-            break
-    with open(folder / "docs.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    tok.save(tok.train(texts[:300], vocab_size=vocab_size), folder / "tokenizer")
+    size = write_documents(folder / "docs.jsonl", megabytes)
+    with open(folder / "docs.jsonl", encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for _, line in zip(range(300), file, strict=False)]
+    tok.save(tok.train(texts, vocab_size=vocab_size), folder / "tokenizer")
+    return size
+
+
+def write_documents(target: Path, megabytes: float) -> float:
+    """Python sources of the interpreter and the installed packages, no file twice, up to the size asked for; MB."""
+    size, seen = 0, set()
+    roots = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"])
+    with open(target, "w", encoding="utf-8") as file:
+        for path in (p for root in roots for p in sorted(Path(root).rglob("*.py"))):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if hash(text) in seen:
+                continue
+            seen.add(hash(text))
+            file.write(json.dumps({"text": text}) + "\n")
+            size += len(text.encode())
+            if size >= megabytes * 1e6:
+                break
     return size / 1e6
 
 
-def make_sides(folder: Path, workers: int) -> dict[str, Callable[[], Any]]:
-    """Name → one whole run."""
+def make_sides(folder: Path, workers: int, *, large: bool) -> dict[str, tuple[str, Callable[[], Any]]]:
+    """Name → (documents it reads, one whole run). gigatoken reads more text: on little it would measure start-up."""
     from opencoder.data.preprocess import Job, preprocess
 
-    job = Job((str(folder / "docs.jsonl"),), str(folder / "tokenizer"))
+    def ours(source: str, backend: str) -> Callable[[], Any]:
+        job = Job((str(folder / f"{source}.jsonl"),), str(folder / "tokenizer"))
+        prefix = folder / f"{source}-{backend}"
+        return lambda: preprocess(job, prefix, workers=workers, backend=backend, overwrite=True)
 
-    def ours(backend: str) -> Callable[[], Any]:
-        return lambda: preprocess(job, folder / f"ours-{backend}", workers=workers, backend=backend, overwrite=True)
-
-    sides: dict[str, Callable[[], Any]] = {"loop": lambda: loop(folder), "ours, tokenizers": ours("tokenizers")}
-    if importlib.util.find_spec("gigatoken") is not None:
-        sides["ours, gigatoken"] = ours("gigatoken")
+    sides = {"loop": ("docs", lambda: loop(folder)), "ours, tokenizers": ("docs", ours("docs", "tokenizers"))}
+    if large:
+        sides["ours, gigatoken, small"] = ("docs", ours("docs", "gigatoken"))
+        sides["ours, gigatoken"] = ("large", ours("large", "gigatoken"))
     return sides
 
 

@@ -61,10 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         import triton  # noqa: F401
     except ImportError as error:
         raise UserError("check-triton needs triton: pip install triton==3.8.0") from error
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("check-triton compiles; unset TRITON_INTERPRET, with which Triton only interprets")
     print(
         f"{'kernel':<10}{'width':>6} {'type':<5}{'residual':<9}{'sm':>4}{'regs':>6}{'shared':>8}{'stack':>6}{'spills':>7}{'LDG.128':>8}"
     )
-    rows, faults = [], []
+    rows: list[dict[str, Any]] = []
+    faults: list[str] = []
     for variant in variants(args.arch, quick=args.quick):
         code = compiled(variant)
         found = problems(variant, code)
@@ -92,8 +95,9 @@ def variants(archs: Sequence[int], *, quick: bool = False) -> Iterator[Variant]:
         yield Variant(kernel, width, dtype, residual, arch)
 
 
-def compiled(variant: Variant, *, warps: int | None = None) -> Code:
-    """Compile one variant to a cubin and read it; `warps` overrides the table of configs.py."""
+def compiled(variant: Variant, *, warps: int | None = None, aligned: bool = True) -> Code:
+    """Compile one variant to a cubin and read it; `warps` overrides the table of configs.py, and without `aligned` the
+    compiler may not assume pointers to be multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -119,7 +123,8 @@ def compiled(variant: Variant, *, warps: int | None = None) -> Code:
     }
     signature = {**kinds, **dict.fromkeys(constants, "constexpr")}
     # The JIT would find every pointer of a torch tensor aligned to 16 bytes; here it has to be said.
-    attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind.startswith("*")}
+    pointers = [i for i, kind in enumerate(kinds.values()) if kind.startswith("*")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in pointers} if aligned else {}
     source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": warps or settings.warps, "enable_fp_fusion": True}
     with tempfile.TemporaryDirectory() as cache:
@@ -158,9 +163,22 @@ def problems(variant: Variant, code: Code) -> list[str]:
         found.append(f"{code.spills} spills")
     if code.shared > SHARED_LIMIT[variant.arch]:
         found.append(f"{code.shared} bytes of shared memory, sm_{variant.arch} has {SHARED_LIMIT[variant.arch]}")
-    if variant.width >= 1024 and not code.wide_loads:
-        found.append("no 128-bit loads")
+    if code.wide_loads < (expected := expected_wide_loads(variant)):
+        found.append(f"{code.wide_loads} 128-bit loads instead of {expected}")
     return found
+
+
+def expected_wide_loads(variant: Variant) -> int:
+    """128-bit loads of a kernel that reads its rows in nothing narrower; 0 where 16 bytes do not divide a row, or the
+    row is too short to give each thread 16."""
+    from opencoder.kernels.triton_kernels.configs import launch
+
+    settings, size = launch(variant.width, 4096), TYPES[variant.dtype][1]
+    values_at_once = 32 * settings.warps * 16 // size
+    if variant.width * size % 16 or settings.block < values_at_once:
+        return 0
+    tensors = (2 if variant.kernel == "forward" else 3) + variant.residual  # x, weight; dy, x, weight
+    return tensors * -(-variant.width // values_at_once)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ table { border-collapse: collapse; width: 100%; background: #fff; }
 td, th { padding: 6px 10px; border-bottom: 1px solid #dfe5ec; text-align: left; }
 .n { text-align: right; } .bar { background: #e9eef3; border-radius: 4px; height: 12px; min-width: 160px; overflow: hidden; }
 .bar i { display: block; height: 12px; background: #2f7d5b; } img { max-width: 100%; }
-pre { background: #f1f4f7; padding: 12px; border-radius: 8px; overflow-x: auto; font: 13px/1.45 ui-monospace, monospace; }
+pre { background: #f1f4f7; padding: 12px; border-radius: 8px; white-space: pre-wrap; font: 13px/1.45 ui-monospace, monospace; }
 </style></head><body>
 <h1>OpenCoder demo</h1>
 <p class="soft">Raw files to generated text on the Python standard library, in {{ seconds }} s. The corpus has

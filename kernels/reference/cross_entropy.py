@@ -52,10 +52,12 @@ def _max_and_sum_exp(logits: torch.Tensor, rows: int = 64) -> tuple[torch.Tensor
     """In blocks of rows: the temporary exp stays in cache, and memory of the logits' size is not needed twice."""
     wide = _wide(logits)
     highest = logits.amax(1).to(wide)
+    # A row that is −inf throughout (a shard of masked vocabulary) has the sum 0, not exp(−inf − −inf) = nan.
+    shift = highest.masked_fill(highest == -torch.inf, 0)
     sum_exp = torch.empty_like(highest)
     for start in range(0, logits.shape[0], rows):
         part = slice(start, start + rows)
-        sum_exp[part] = (logits[part].to(wide) - highest[part, None]).exp_().sum(1)
+        sum_exp[part] = (logits[part].to(wide) - shift[part, None]).exp_().sum(1)
     return highest, sum_exp
 
 

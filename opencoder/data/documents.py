@@ -24,12 +24,16 @@ class Document(NamedTuple):
     """One text to tokenise."""
 
     id: str
-    """The `id` column, or the SHA-256 of the text."""
+    """The `id` column, "" if there is none."""
     source: str
     """Where it came from: the columns `source`, `repo`, `path`, or the file's name."""
     language: str
     """The `language` column, "" if there is none."""
     text: str
+
+    def identity(self) -> str:
+        """The `id` column, or the SHA-256 of the text. Worked out on demand: hashing is a worker's job."""
+        return self.id or hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def find_files(paths: Iterable[str | Path]) -> list[Path]:
@@ -62,9 +66,8 @@ def read_documents(path: Path, *, column: str = "text") -> Iterator[Document]:
     rows = _parquet_rows(path, column) if _kind(path) == "parquet" else _json_rows(path, column)
     for row in rows:
         text = row[column]
-        identity = row.get("id") or hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         source = row.get("source") or row.get("repo") or row.get("path") or path.name
-        yield Document(str(identity), str(source), str(row.get("language") or ""), text)
+        yield Document(str(row.get("id") or ""), str(source), str(row.get("language") or ""), text)
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:

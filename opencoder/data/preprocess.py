@@ -177,7 +177,12 @@ def _tokenise_part(number: int, documents: list[Document]) -> int:
         file.writelines(ids.tobytes() for ids in arrays)
     with atomic_open(_part(parts, number, "lengths.npy"), "wb") as file:
         np.save(file, lengths)
-    table = pa.table({name: [getattr(d, name) for d in documents] for name in SCHEMA.names}, schema=SCHEMA)
+    columns = {
+        "id": [d.identity() for d in documents],
+        "source": [d.source for d in documents],
+        "language": [d.language for d in documents],
+    }
+    table = pa.table(columns, schema=SCHEMA)
     with atomic_path(_part(parts, number, "docs.parquet")) as temporary:
         pq.write_table(table, temporary)
     empty = sum(not document.text for document in documents)
@@ -189,7 +194,7 @@ def _tokenise_part(number: int, documents: list[Document]) -> int:
 def _encode_fim(encoder: Encoder, loaded: tok.LoadedTokenizer, job: Job, document: Document, dtype: Any) -> Any:
     """Cut the characters into prefix, middle and suffix with probability fim_rate, half as PSM and half as SPM
     (arXiv:2207.14255). The draw depends on the seed and the document alone."""
-    draw = random.Random(f"{job.seed}:{document.id}")
+    draw = random.Random(f"{job.seed}:{document.identity()}")
     text = document.text
     if draw.random() >= job.fim_rate or len(text) < 3:
         return encoder([text], dtype)[0]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from opencoder import kernels as K
 from opencoder.checkpoint import hf, native
 from opencoder.config import Config
 from opencoder.console import ProgressBar
@@ -244,6 +245,7 @@ class Trainer:
             f"{self.total_steps} steps of {t.global_batch_size} × {self.config.data.seq_len} tokens; MFU counts "
             f"{MFU_CONVENTION}"
         )
+        self._say(K.chosen(self.device.type))
 
     def _print_row(self, row: dict[str, Any]) -> None:
         if row["step"] % self.config.log.every and "valid_loss" not in row:

@@ -77,6 +77,7 @@ def test_reference_equals_the_loop(shape: tuple[int, ...], causal: bool) -> None
 
 @pytest.mark.parametrize("options", [
     {"window": 3}, {"window": (2, 1), "causal": False}, {"window": 0}, {"softcap": 1.5}, {"scale": 0.3}, {"window": 4, "softcap": 2.0},
+    {"window": (None, 2), "causal": False}, {"window": (0, 0), "causal": False}, {"window": 100},
 ])  # fmt: skip
 def test_window_softcap_and_scale(options: dict[str, Any]) -> None:
     q, k, v = qkv(1, 11, 11, 4, 2, 16)
@@ -101,6 +102,30 @@ def test_sdpa_errs_no_more_than_plain_torch_in_the_same_type(shape: tuple[int, .
     assert error(K.attention(q, k, v, impl="torch")) <= min(2 * error(plain) + cap / 10, cap)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES[:3], (1, 5, 12, 2, 1, 16), (1, 12, 5, 4, 2, 16)])
+def test_sdpa_without_a_mask_equals_the_loop(shape: tuple[int, ...]) -> None:
+    q, k, v = qkv(*shape)
+    truth, _ = naive(q, k, v, causal=False)
+    assert torch.allclose(K.attention(q, k, v, causal=False, impl="torch"), truth, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_both_implementations_in_each_type(dtype: torch.dtype) -> None:
+    tensors, upstream = qkv(2, 33, 33, 4, 2, 16, dtype=dtype), draw(2, 33, 4, 16, seed=9, dtype=dtype)
+    cap = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+
+    def gradients(impl: str, wide: bool = False) -> tuple[torch.Tensor, ...]:
+        q, k, v = ((t.double() if wide else t.clone()).requires_grad_() for t in tensors)
+        out = K.attention(q, k, v, impl=impl)
+        return torch.autograd.grad(out, (q, k, v), upstream.to(out.dtype))
+
+    truth = gradients("reference", wide=True)
+    for impl in ("reference", "torch"):
+        for mine, true in zip(gradients(impl), truth, strict=True):
+            assert mine.dtype == dtype
+            assert (mine.double() - true).norm() <= cap * true.norm()
+
+
 BOUNDS = torch.tensor([0, 1, 1, 8, 20, 21], dtype=torch.int32)  # a single token, an empty document, longer ones
 
 
@@ -116,6 +141,34 @@ def test_packed_documents_equal_each_alone(impl: str) -> None:
     changed = K.attention(q, other, v, cu_seqlens=BOUNDS, max_seqlen=12, impl=impl)
     assert torch.equal(changed[8:], out[8:])
     assert not torch.equal(changed[1:8], out[1:8])
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_gradients_stay_within_their_document(impl: str) -> None:
+    q, k, v = (t[0].requires_grad_() for t in qkv(1, 21, 21, 4, 2, 16))
+    out = K.attention(q, k, v, cu_seqlens=BOUNDS, impl=impl)
+    for grad in torch.autograd.grad(out[8:20].pow(2).sum(), (q, k, v)):
+        assert torch.equal(grad[:8], torch.zeros_like(grad[:8]))
+        assert torch.equal(grad[20:], torch.zeros_like(grad[20:]))
+        assert bool(grad[8:20].any())
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_no_tokens_at_all(impl: str) -> None:
+    q, k = torch.zeros(0, 4, 8, requires_grad=True), torch.zeros(0, 2, 8)
+    out = K.attention(q, k, k, cu_seqlens=torch.zeros(3, dtype=torch.int32), impl=impl)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == (0, 4, 8)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_a_document_without_keys_gives_zero(impl: str) -> None:
+    q, k = draw(3, 2, 8, seed=1).requires_grad_(), draw(2, 2, 8, seed=2).requires_grad_()
+    bounds = {"cu_seqlens": torch.tensor([0, 2, 3]).int(), "cu_seqlens_k": torch.tensor([0, 2, 2]).int()}
+    out = K.attention(q, k, k, causal=False, impl=impl, **bounds)
+    out.sum().backward()
+    assert torch.equal(out[2], torch.zeros(2, 8, dtype=torch.float64))
+    assert all(bool(t.grad.isfinite().all()) for t in (q, k))
 
 
 def test_packed_keys_with_bounds_of_their_own() -> None:
@@ -140,11 +193,16 @@ def test_rows_that_see_nothing_are_zero_and_pass_no_gradient() -> None:
     out.sum().backward()
     assert torch.equal(q.grad[0, :3], torch.zeros(3, 2, 8, dtype=torch.float64))
     assert all(bool(t.grad.isfinite().all()) for t in (q, k, v))
+    with torch.no_grad():
+        found = K.attention_backward(torch.ones_like(out), q, k, v, out, lse)
+    for mine, t in zip(found, (q, k, v), strict=True):
+        assert torch.allclose(mine, t.grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"causal": False}, {"window": 3}, {"softcap": 1.5}, {"packed": True}, {"packed": True, "window": 2}]
-)
+@pytest.mark.parametrize("options", [
+    {}, {"causal": False}, {"window": 3}, {"softcap": 1.5}, {"window": (2, 1), "causal": False, "scale": 0.3},
+    {"packed": True}, {"packed": True, "window": 2}, {"packed": True, "softcap": 1.5, "window": 4},
+])  # fmt: skip
 def test_backward_equals_autograd_of_the_reference(options: dict[str, Any]) -> None:
     options = dict(options)
     tensors = qkv(1, 21, 21, 4, 2, 16)
@@ -159,6 +217,20 @@ def test_backward_equals_autograd_of_the_reference(options: dict[str, Any]) -> N
         found = K.attention_backward(upstream, q, k, v, out, lse, **options)
     for a, b in zip(found, truth, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_backward_from_a_larger_set_of_keys() -> None:
+    """What ring attention needs: the keys' gradients part by part, from the whole's output and log-sum-exp."""
+    q, k, v = qkv(1, 8, 8, 4, 2, 16)
+    out, lse = K.attention(q, k, v, causal=False, return_lse=True)
+    upstream = draw(*out.shape, seed=9)
+    whole = K.attention_backward(upstream, q, k, v, out, lse, causal=False)
+    parts = [
+        K.attention_backward(upstream, q, k[:, a:b], v[:, a:b], out, lse, causal=False) for a, b in ((0, 3), (3, 8))
+    ]
+    assert torch.allclose(parts[0][0] + parts[1][0], whole[0], rtol=1e-10, atol=1e-13)
+    for i in (1, 2):
+        assert torch.allclose(torch.cat([p[i] for p in parts], 1), whole[i], rtol=1e-10, atol=1e-13)
 
 
 def test_gradcheck_of_both_implementations() -> None:
@@ -179,7 +251,11 @@ Q, KEY, V = qkv(1, 4, 4, 4, 2, 8)
         ((Q[:, :, :3], KEY, V), {}, "3 query heads must be a multiple of 2"),
         ((Q.expand(2, -1, -1, -1), KEY, V), {}, "different batch sizes"),
         ((Q, KEY, V), {"window": -1}, "window left=-1"),
+        ((Q, KEY, V), {"window": (0, -2)}, "window right=-2"),
+        ((Q, KEY, V), {"window": 1.5}, "window left=1.5; allowed: an integer"),
+        ((Q, KEY, V), {"window": (1, 2, 3)}, "it must be a number"),
         ((Q, KEY, V), {"softcap": 0.0}, "softcap=0.0"),
+        ((Q.int(), KEY, V), {}, "q is torch.int32; allowed"),
         ((Q[0], KEY[0], V[0]), {"cu_seqlens": torch.tensor([0, 4])}, "must be 1-D int32"),
         (
             (Q[0], KEY[0], V[0]),
@@ -187,6 +263,16 @@ Q, KEY, V = qkv(1, 4, 4, 4, 2, 8)
             "must rise from 0 to the 4",
         ),
         ((Q[0], KEY[0], V[0]), {"cu_seqlens": torch.tensor([0, 3], dtype=torch.int32)}, "must rise from 0 to the 4"),
+        (
+            (Q[0], KEY[0], V[0]),
+            {"cu_seqlens": torch.tensor([0, 1, 4], dtype=torch.int32), "max_seqlen": 2},
+            "max_seqlen=2, but cu_seqlens holds a document of 3 tokens",
+        ),
+        (
+            (Q[0], KEY[0], V[0]),
+            {"cu_seqlens": torch.tensor([0, 4]).int(), "cu_seqlens_k": torch.tensor([0, 1, 4]).int()},
+            "different numbers of documents",
+        ),
         ((Q, KEY, V), {"cu_seqlens_k": torch.tensor([0, 4], dtype=torch.int32)}, "without cu_seqlens"),
     ],
 )
@@ -199,3 +285,16 @@ def test_bad_input_is_named(args: tuple[torch.Tensor, ...], options: dict[str, A
 def test_a_named_implementation_that_cannot_serve_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(K.UnsupportedKernel, match=r"attention\[torch\]: .*; implementations that can: reference"):
         K.attention(Q, KEY, V, impl="torch", **options)
+
+
+def test_bad_input_of_backward_is_named() -> None:
+    out, lse = K.attention(Q, KEY, V, return_lse=True)
+    with pytest.raises(ValueError, match=r"attention_backward: dout must be \(1, 4, 4, 8\), got \(1, 3, 4, 8\)"):
+        K.attention_backward(out[:, :3], Q, KEY, V, out, lse)
+    with pytest.raises(ValueError, match=r"lse must be \(1, 4, 4\), got \(1, 4\)"):
+        K.attention_backward(out, Q, KEY, V, out, lse[..., 0])
+
+
+def test_explain_takes_the_public_arguments() -> None:
+    text = K.explain("attention", Q[0], KEY[0], V[0], cu_seqlens=torch.tensor([0, 4]).int(), max_seqlen=4)
+    assert "torch: can serve  <- runs" in text

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from opencoder.errors import Failure
+from opencoder.errors import Failure, UserError
 from opencoder.tools import check_triton
 
 
@@ -31,8 +34,39 @@ def test_each_limit_is_named() -> None:
         "stack of 8 bytes",
         "3 spills",
         "200000 bytes of shared memory, sm_80 has 166912",
-        "no 128-bit loads",
+        "0 128-bit loads instead of 4",
     ]
+
+
+def test_narrow_loads_are_rejected() -> None:
+    variant = check_triton.Variant("forward", 4096, "bf16", False, 90)
+    (found,) = check_triton.problems(variant, check_triton.compiled(variant, aligned=False))
+    assert found == "0 128-bit loads instead of 4"
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "expected"),
+    [(4096, "bf16", 4), (4096, "fp32", 8), (128, "fp32", 2), (128, "bf16", 0), (2241, "bf16", 0), (2240, "fp32", 6)],
+)
+def test_how_many_wide_loads_are_asked_for(width: int, dtype: str, expected: int) -> None:
+    assert check_triton.expected_wide_loads(check_triton.Variant("forward", width, dtype, False, 90)) == expected
+
+
+def test_wrong_use_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--arch 75 is not known; allowed: 80, 90, 100"):
+        check_triton.main(["--arch", "75"])
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(UserError, match="unset TRITON_INTERPRET"):
+        check_triton.main(["--quick"])
+
+
+def test_the_numbers_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_triton, "compiled", lambda variant: check_triton.Code(40, 8, 0, 0, 99))
+    assert check_triton.main(["--quick", "--arch", "90", "--json", str(tmp_path / "numbers.json")]) == 0
+    rows = json.loads((tmp_path / "numbers.json").read_text())
+    assert len(rows) == 4
+    assert rows[0]["registers"] == 40
+    assert rows[0]["problems"] == []
 
 
 def test_a_broken_limit_ends_the_command_with_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

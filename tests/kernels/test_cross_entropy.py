@@ -1,4 +1,4 @@
-"""Cross entropy against torch, whole and as the halves of a split vocabulary; rotary and SwiGLU; bad input."""
+"""Cross entropy against torch, whole and as the halves of a split vocabulary; bad input."""
 
 from __future__ import annotations
 
@@ -31,6 +31,19 @@ def test_equals_torch(reduction: str, smoothing: float) -> None:
         torch.autograd.grad((x * draw(*x.shape, seed=2)).sum(), logits, retain_graph=True)[0] for x in (ours, theirs)
     )
     assert torch.allclose(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_another_ignore_index() -> None:
+    logits, targets = draw(7, 11), TARGETS.masked_fill(TARGETS == -100, 10)  # 10 is a real class unless it is ignored
+    ours, theirs = (f(logits, targets, ignore_index=10) for f in (K.cross_entropy, F.cross_entropy))
+    assert torch.allclose(ours, theirs, rtol=1e-12)
+    assert not torch.allclose(ours, K.cross_entropy(logits, targets))
+
+
+def test_gradients_of_z_loss_and_softcap() -> None:
+    logits = draw(4, 5).requires_grad_()
+    targets = torch.tensor([0, 4, -100, 2])
+    assert torch.autograd.gradcheck(lambda x: K.cross_entropy(x, targets, z_loss=0.1, softcap=2.0), (logits,))
 
 
 def test_z_loss_and_softcap() -> None:
@@ -80,6 +93,46 @@ def test_masked_rows_are_zero_whatever_they_hold() -> None:
     assert torch.equal(grad[[2, 5]], torch.zeros(2, 11, dtype=torch.float64))
 
 
+def test_scale_may_be_a_number_or_a_tensor() -> None:
+    logits = draw(7, 11)
+    lse = logits.logsumexp(-1)
+    each = [K.ce_grad(logits, TARGETS, lse, s) for s in (0.5, torch.tensor(0.5), torch.full((7,), 0.5).double())]
+    truth = 0.5 * (logits.softmax(-1) - F.one_hot(TARGETS.clamp_min(0), 11)) * (TARGETS != -100)[:, None]
+    for grad in each:
+        assert torch.allclose(grad, truth, rtol=1e-12, atol=1e-14)
+
+
+def test_a_shard_of_masked_vocabulary_adds_nothing() -> None:
+    logits = draw(7, 12)
+    logits[:, 8:] = -torch.inf  # the last of three shards holds padding only
+    stats = [K.ce_stats(p, TARGETS, i * 4) for i, p in enumerate(logits.chunk(3, 1))]
+    assert torch.equal(stats[2][1], torch.zeros(7, dtype=torch.float64))
+    highest = torch.stack([s[0] for s in stats]).amax(0)
+    lse = highest + sum(s[1] * (s[0] - highest).exp() for s in stats).log()
+    assert torch.allclose(lse, logits.logsumexp(-1), rtol=1e-12)
+    assert torch.equal(K.ce_grad(logits[:, 8:], torch.zeros(7).long(), lse, 1.0, 8), torch.zeros(7, 4).double())
+
+
+def test_a_nan_stays_in_its_row() -> None:
+    logits = draw(7, 11)
+    logits[3, 4] = torch.nan
+    highest, sum_exp, _ = K.ce_stats(logits, TARGETS, 0)
+    lse = highest + sum_exp.log()
+    assert lse.isnan().tolist() == [row == 3 for row in range(7)]
+    grad = K.ce_grad(logits, TARGETS, lse, 1.0)
+    assert grad.isnan().any(1).tolist() == [row == 3 for row in range(7)]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 64, 65, 199])
+def test_any_number_of_rows(rows: int) -> None:
+    logits, targets = draw(rows, 13), torch.arange(rows) % 13
+    highest, sum_exp, target = K.ce_stats(logits, targets, 0)
+    lse = highest + sum_exp.log()
+    assert torch.allclose(lse - target, F.cross_entropy(logits, targets, reduction="none"), rtol=1e-12)
+    truth = logits.softmax(-1) - F.one_hot(targets, 13)
+    assert torch.allclose(K.ce_grad(logits, targets, lse, 1.0), truth, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize(("dtype", "cap"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
 def test_narrow_types_use_wide_statistics(dtype: torch.dtype, cap: float) -> None:
     wide = (draw(50, 300) * 4).to(dtype).double()
@@ -103,6 +156,9 @@ def test_narrow_types_use_wide_statistics(dtype: torch.dtype, cap: float) -> Non
         (torch.ones(2, 3), torch.tensor([0, 3]), {}, r"targets lie in \[0, 3\]; allowed: \[0, 3\)"),
         (torch.ones(2, 3), torch.tensor([0, -1]), {}, r"targets lie in \[-1, 0\]"),
         (torch.ones(2, 3), torch.tensor([0, 1]), {"reduction": "max"}, "reduction='max'"),
+        (torch.ones(2, 3), torch.tensor([0, 1]), {"label_smoothing": 1.5}, r"label_smoothing=1.5; allowed: \[0, 1\]"),
+        (torch.ones(2, 3), torch.tensor([0, 1]), {"softcap": 0.0}, "softcap=0.0; it must be positive"),
+        (torch.ones(2, 3, dtype=torch.int64), torch.tensor([0, 1]), {}, "logits is torch.int64; allowed"),
     ],
 )
 def test_bad_input_is_named(logits: torch.Tensor, targets: torch.Tensor, options: dict[str, Any], says: str) -> None:
@@ -110,34 +166,20 @@ def test_bad_input_is_named(logits: torch.Tensor, targets: torch.Tensor, options
         K.cross_entropy(logits, targets, **options)
 
 
-@pytest.mark.parametrize("rotated", [16, 8])
-@pytest.mark.parametrize("batched", [False, True])
-def test_rotary_is_a_rotation_of_complex_pairs(rotated: int, batched: bool) -> None:
-    q, k = draw(2, 5, 4, 16), draw(2, 5, 2, 16, seed=1)
-    angles = draw(*((2, 5) if batched else (5,)), rotated // 2, seed=2).float()
-    found = K.rotary(q, k, angles.cos(), angles.sin())
-    for x, y in zip((q, k), found, strict=True):
-        half = rotated // 2
-        turned = torch.complex(x[..., :half], x[..., half:rotated])
-        turn = torch.complex(angles.cos().double(), angles.sin().double())
-        turned = turned * (turn[:, :, None] if batched else turn[None, :, None])
-        truth = torch.cat([turned.real, turned.imag, x[..., rotated:]], -1)
-        assert torch.allclose(y, truth, rtol=1e-12, atol=1e-13)
+LOGITS = torch.ones(2, 3)
 
 
-def test_swiglu_and_gradients() -> None:
-    gate, up = draw(3, 5).requires_grad_(), draw(3, 5, seed=1).requires_grad_()
-    assert torch.allclose(K.swiglu(gate, up), gate / (1 + (-gate).exp()) * up, rtol=1e-12)
-    assert torch.autograd.gradcheck(K.swiglu, (gate, up))
-    cos = draw(4, 4, seed=2).float()
-    q = draw(1, 4, 2, 8).requires_grad_()
-    assert torch.autograd.gradcheck(lambda q: K.rotary(q, q, cos, cos)[0], (q,))
-
-
-def test_bad_shapes_of_elementwise_operators_are_named() -> None:
-    with pytest.raises(ValueError, match="must have one shape"):
-        K.swiglu(torch.ones(2, 3), torch.ones(2, 4))
-    with pytest.raises(ValueError, match=r"cos and sin must be \(4, R/2\)"):
-        K.rotary(torch.ones(1, 4, 2, 8), torch.ones(1, 4, 2, 8), torch.ones(3, 4), torch.ones(3, 4))
-    with pytest.raises(ValueError, match="with R ≤ 8"):
-        K.rotary(torch.ones(1, 4, 2, 8), torch.ones(1, 4, 2, 8), torch.ones(4, 5), torch.ones(4, 5))
+@pytest.mark.parametrize(
+    ("lse", "scale", "out", "says"),
+    [
+        (torch.ones(2, 1), 1.0, None, r"lse must be \(2,\), got \(2, 1\)"),
+        (torch.ones(2), torch.ones(2, 1), None, r"scale must be a number or \(2,\), got \(2, 1\)"),
+        (torch.ones(2), 1.0, torch.ones(3, 2), "out is torch.float32"),
+        (torch.ones(2), 1.0, torch.ones(2, 3).double(), "out is torch.float64"),
+    ],
+)
+def test_bad_input_of_the_backward_half_is_named(
+    lse: torch.Tensor, scale: float | torch.Tensor, out: torch.Tensor | None, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        K.ce_grad(LOGITS, torch.tensor([0, 1]), lse, scale, out=out)

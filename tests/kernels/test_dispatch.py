@@ -32,6 +32,23 @@ def test_contexts_nest_and_end() -> None:
     assert runs(K.explain("attention", Q, Q, Q)) == usual == "torch"
 
 
+def test_a_context_ends_with_an_error_and_auto_undoes_an_outer_one() -> None:
+    with pytest.raises(RuntimeError), K.use(attention="reference"):
+        raise RuntimeError
+    assert runs(K.explain("attention", Q, Q, Q)) == "torch"
+    with K.use(attention="reference"), K.use(attention="auto"):
+        assert runs(K.explain("attention", Q, Q, Q)) == "torch"
+        assert " attention=torch" in K.chosen()
+
+
+def test_the_choice_is_what_runs() -> None:
+    # SDPA cannot serve a window, so that a choice of it is visible as a refusal.
+    with K.use(attention="torch"), pytest.raises(K.UnsupportedKernel, match="implementations that can: reference"):
+        K.attention(Q, Q, Q, window=2)
+    with K.use(attention="torch"):
+        K.attention(Q, Q, Q, window=2, impl="reference")  # the argument wins
+
+
 def test_explain_gives_a_reason_for_each() -> None:
     text = K.explain("attention", Q, Q, Q, window=2)
     assert "torch: SDPA has no sliding window" in text
@@ -45,6 +62,8 @@ def test_unknown_names_are_refused_with_the_near_one() -> None:
         K.UnsupportedKernel, match=r"attention has no implementation `flash`; it has \['auto', 'reference', 'torch'\]"
     ):
         K.attention(Q, Q, Q, impl="flash")
+    with pytest.raises(K.UnsupportedKernel, match="explain: attention has no implementation `flash`"):
+        K.explain("attention", Q, Q, Q, impl="flash")
     with pytest.raises(K.UnsupportedKernel, match="no operator `softmax`"):
         K.explain("softmax", X)
 
@@ -62,8 +81,27 @@ def test_environment_chooses_and_the_context_wins() -> None:
     assert "attention=torch" in second
     everywhere = environment("reference", "print(K.chosen())").stdout
     assert everywhere.count("=reference") == everywhere.count("=")
-    done = environment("atention=torch", "K.swiglu(torch.ones(1), torch.ones(1))")
-    assert "OPENCODER_KERNELS=atention=torch: no operator `atention` (did you mean `attention`?)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("atention=torch", "OPENCODER_KERNELS=atention=torch: no operator `atention` (did you mean `attention`?)"),
+        ("flash", "OPENCODER_KERNELS=flash: no operator has an implementation `flash`"),
+        ("swiglu=triton", "swiglu has no implementation `triton`; it has ['auto', 'reference']"),
+    ],
+)
+def test_a_wrong_environment_is_refused(monkeypatch: pytest.MonkeyPatch, value: str, says: str) -> None:
+    monkeypatch.setenv("OPENCODER_KERNELS", value)
+    with pytest.raises(K.UnsupportedKernel) as caught:
+        K.swiglu(torch.ones(1), torch.ones(1))
+    assert says in str(caught.value)
+
+
+def test_an_empty_environment_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = K.chosen()
+    monkeypatch.setenv("OPENCODER_KERNELS", " , ")
+    assert K.chosen() == usual
 
 
 def test_a_named_kernel_for_another_device_says_why() -> None:
@@ -76,3 +114,12 @@ def test_chosen_names_every_operator_once() -> None:
     assert "\n" not in line
     for operator in ("rms_norm", "rotary", "swiglu", "attention", "cross_entropy", "ce_stats", "ce_grad"):
         assert line.count(f" {operator}=") == 1
+
+
+def test_chosen_leaves_out_what_is_not_installed() -> None:
+    """The line goes into run records: it must not name an implementation that cannot run."""
+    code = "from opencoder import kernels as K\nprint(K.chosen())"
+    env = {**os.environ, "OPENCODER_NO_EXT": "1"}
+    env.pop("OPENCODER_KERNELS", None)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert " rms_norm=reference " in done.stdout
