@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A room may import the rooms of lower rank, never one of its own rank or above.
 RANK = {
-    "errors": 0, "files": 0, "native": 0, "config_loading": 1, "console": 1, "config": 2, "kernels": 0,
+    "errors": 0, "files": 0, "compressed": 0, "native": 0, "config_loading": 1, "console": 1, "config": 2, "kernels": 0,
     "corpus": 3, "data": 3, "parallel": 3, "model": 4, "optim": 5, "checkpoint": 6, "train": 7, "posttrain": 8,
     "eval": 8, "tools": 9,
 }  # fmt: skip

@@ -6,9 +6,7 @@ failed (with reason)."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
 import os
 import stat
@@ -19,8 +17,9 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
+from opencoder.compressed import ERRORS as DAMAGE
+from opencoder.compressed import open_decompressed
 from opencoder.config import CorpusConfig
 from opencoder.errors import DataError
 
@@ -190,7 +189,7 @@ def _read_container(item: Item, config: CorpusConfig) -> Iterator[Record]:
     try:
         for number, row in rows:
             yield row if isinstance(row, Record) else _document(item, number, row, config)
-    except (EOFError, OSError, zstandard.ZstdError, pa.ArrowException) as error:
+    except (*DAMAGE, pa.ArrowException) as error:
         yield Record(item.path, item.source).fail(f"damaged or truncated: {error}")
 
 
@@ -221,12 +220,12 @@ def check_columns(item: Item) -> None:
         if item.file.endswith(".parquet"):
             names = pq.read_schema(item.file).names
         else:
-            with open_container(item.file) as file:
+            with open_decompressed(item.file) as file:
                 first = json.loads(file.readline(BLOCK) or b"{}")
             names = list(first) if isinstance(first, dict) else []
             if not names:
                 return
-    except (OSError, EOFError, ValueError, zstandard.ZstdError, pa.ArrowException):
+    except (*DAMAGE, ValueError, pa.ArrowException):
         return  # damage is reported where it is met
     if not set(TEXT_COLUMNS) & set(names):
         raise DataError(f"{item.file} has no column `text` or `content`; it has {', '.join(names)}: rename one")
@@ -243,7 +242,7 @@ def _parquet_rows(item: Item) -> Iterator[tuple[int, dict[str, Any] | Record]]:
 
 def _json_rows(item: Item, config: CorpusConfig) -> Iterator[tuple[int, dict[str, Any] | Record]]:
     limit = LINE_FACTOR * config.max_bytes + BLOCK
-    with open_container(item.file) as file:
+    with open_decompressed(item.file) as file:
         number = 0
         while line := file.readline(limit):
             number += 1
@@ -271,49 +270,6 @@ def _skip_line(file: BinaryIO, start: bytes) -> tuple[str, int]:
         if part.endswith(b"\n"):
             break
     return digest.hexdigest(), size
-
-
-def open_container(file: str) -> BinaryIO:
-    """Decompressed bytes; a stream that ends early raises EOFError when read."""
-    if file.endswith(".gz"):
-        return gzip.open(file, "rb")  # type: ignore[return-value]
-    if file.endswith(".zst"):
-        return io.BufferedReader(_Zstd(file), BLOCK)
-    return open(file, "rb")
-
-
-class _Zstd(io.RawIOBase):
-    """zstandard's own reader takes a file cut in mid-frame for one that ends there; this one raises EOFError."""
-
-    def __init__(self, file: str) -> None:
-        self._file = open(file, "rb")  # noqa: SIM115  closed with the stream
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._fresh = True
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            block = self._file.read(1 << 17)
-            if not block:
-                if not self._fresh and not self._frame.eof:
-                    raise EOFError("the compressed stream ends in the middle of a frame")
-                return 0
-            while block:
-                if self._frame.eof:
-                    self._frame = zstandard.ZstdDecompressor().decompressobj()
-                self._fresh = False
-                self._ready += self._frame.decompress(block)
-                block = self._frame.unused_data if self._frame.eof else b""
-        n = min(len(buffer), len(self._ready))
-        buffer[:n], self._ready = self._ready[:n], self._ready[n:]
-        return n
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def to_table(records: list[Record]) -> pa.Table:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
+from opencoder.compressed import ERRORS as DAMAGE
+from opencoder.compressed import open_decompressed
 from opencoder.errors import DataError
 
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".ndjson")
@@ -89,10 +88,8 @@ def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
 def _json_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
     number = 0
     try:
-        with open_bytes(path) as file:
-            for number, line in enumerate(
-                io.BufferedReader(file, 1 << 20) if isinstance(file, io.RawIOBase) else file, 1
-            ):
+        with open_decompressed(path) as file:
+            for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
@@ -103,46 +100,5 @@ def _json_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
                     keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
                     raise DataError(f"{path}:{number} has no text under `{column}`; it has {keys}")
                 yield row
-    except (EOFError, OSError, zstandard.ZstdError) as error:
+    except DAMAGE as error:
         raise DataError(f"{path} is damaged or truncated after line {number}: {error}") from error
-
-
-def open_bytes(path: Path) -> BinaryIO:
-    """The file's decompressed bytes. A compressed file that ends early raises EOFError or ZstdError when read."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        return _CheckedZstd(path)  # type: ignore[return-value]
-    return open(path, "rb")
-
-
-class _CheckedZstd(io.RawIOBase):
-    """A zstd file as a stream. zstandard's own reader takes a file cut in mid-frame for one that ends there."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115  closed with the stream
-        self._decompressor = zstandard.ZstdDecompressor().decompressobj()
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            block = self._file.read(1 << 18)
-            if not block:
-                if not self._decompressor.eof:
-                    raise EOFError("the compressed stream ends in the middle of a frame")
-                return 0
-            while block:
-                if self._decompressor.eof:  # a further frame
-                    self._decompressor = zstandard.ZstdDecompressor().decompressobj()
-                self._ready += self._decompressor.decompress(block)
-                block = self._decompressor.unused_data if self._decompressor.eof else b""
-        n = min(len(buffer), len(self._ready))
-        buffer[:n], self._ready = self._ready[:n], self._ready[n:]
-        return n
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

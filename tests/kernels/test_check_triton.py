@@ -64,7 +64,7 @@ def test_the_numbers_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(check_triton, "compiled", lambda variant: check_triton.Code(40, 8, 0, 0, 99))
     assert check_triton.main(["--quick", "--arch", "90", "--json", str(tmp_path / "numbers.json")]) == 0
     rows = json.loads((tmp_path / "numbers.json").read_text())
-    assert len(rows) == 4
+    assert len(rows) == 8
     assert rows[0]["registers"] == 40
     assert rows[0]["problems"] == []
 
