@@ -107,6 +107,8 @@ def test_sdpa_without_a_mask_equals_the_loop(shape: tuple[int, ...]) -> None:
     q, k, v = qkv(*shape)
     truth, _ = naive(q, k, v, causal=False)
     assert torch.allclose(K.attention(q, k, v, causal=False, impl="torch"), truth, rtol=1e-10, atol=1e-12)
+    scaled, _ = naive(q, k, v, causal=False, scale=0.7)
+    assert torch.allclose(K.attention(q, k, v, causal=False, scale=0.7, impl="torch"), scaled, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -285,6 +287,17 @@ def test_bad_input_is_named(args: tuple[torch.Tensor, ...], options: dict[str, A
 def test_a_named_implementation_that_cannot_serve_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(K.UnsupportedKernel, match=r"attention\[torch\]: .*; implementations that can: reference"):
         K.attention(Q, KEY, V, impl="torch", **options)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sdpa_is_refused_where_its_causal_mask_is_aligned_otherwise(packed: bool) -> None:
+    q, k, v = Q[:, :3], KEY, V
+    bounds = {"cu_seqlens": torch.tensor([0, 3]).int(), "cu_seqlens_k": torch.tensor([0, 4]).int()} if packed else {}
+    q, k, v = (t[0] for t in (q, k, v)) if packed else (q, k, v)
+    with pytest.raises(K.UnsupportedKernel, match="aligns the causal mask top-left"):
+        K.attention(q, k, v, impl="torch", **bounds)
+    truth, _ = naive(Q[:, :3], KEY, V)
+    assert torch.allclose(K.attention(q, k, v, **bounds).view_as(truth), truth, rtol=1e-10, atol=1e-12)
 
 
 def test_bad_input_of_backward_is_named() -> None:
