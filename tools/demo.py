@@ -27,8 +27,8 @@ from opencoder.errors import DataError, Failure
 from opencoder.files import replace_directory, temporary_name, write_json, write_text
 
 VOCAB_SIZE = 8192
-STEPS = 150
-INTERRUPT_AT = 60
+STEPS = 200
+INTERRUPT_AT = 80
 SEQ_LEN = 256
 PROMPT = "def __init__(self, "
 SAMPLING = ("--max-new-tokens", 96, "--temperature", 0.8, "--top-p", 0.95, "--seed", 1)
@@ -38,14 +38,14 @@ CONFIG: dict[str, Any] = {
     "data": {"seq_len": SEQ_LEN, "split": "95,5,0"},
     "train": {
         "steps": STEPS,
-        "global_batch_size": 16,
-        "micro_batch_size": 16,
-        "eval_every": 50,
+        "global_batch_size": 8,
+        "micro_batch_size": 8,
+        "eval_every": 100,
         "eval_samples": 64,
     },
-    "optim": {"lr": 3e-3, "min_lr": 3e-4, "warmup_steps": 15, "decay_steps": 40, "weight_decay": 0.1},
+    "optim": {"lr": 3e-3, "min_lr": 3e-4, "warmup_steps": 20, "decay_steps": 60, "weight_decay": 0.1},
     "checkpoint": {"every": 50, "keep": 2},
-    "log": {"every": 10},
+    "log": {"every": 20},
 }
 
 

@@ -34,8 +34,8 @@ from .documents import Document, find_files, read_documents
 from .encoders import Encoder, make_encoder
 from .indexed import IndexedWriter, token_dtype
 
-PART_DOCUMENTS = 256
-PART_CHARACTERS = 1_000_000
+PART_DOCUMENTS = 512
+PART_CHARACTERS = 2_000_000
 """A part ends at whichever comes first, so one part's memory is bounded."""
 SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("language", pa.string())])
 
