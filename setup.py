@@ -8,7 +8,10 @@ says so once. OPENCODER_NO_EXT=1 skips both; OPENCODER_REQUIRE_EXT=1 makes a fai
 
 import glob
 import os
+import subprocess
 import sys
+import sysconfig
+import tempfile
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -17,6 +20,31 @@ SKIP = os.environ.get("OPENCODER_NO_EXT") == "1"
 REQUIRE = os.environ.get("OPENCODER_REQUIRE_EXT") == "1"
 # Oldest torch whose stable ABI we use: one binary for it and everything newer.
 TORCH_ABI = "0x020b000000000000"  # 2.11
+
+
+# For the vector loops of csrc/ops. Without the second and third, the compiler must assume that any operation may trap or
+# set errno, and masks or splits the loops; the last keeps it from copying divisions to both sides of a clamp. None changes
+# a result. A compiler that does not know one builds without it.
+LOOP_FLAGS = ["-mprefer-vector-width=512", "-fno-trapping-math", "-fno-math-errno", "-fno-tree-pre", "-fopenmp-simd"]
+
+
+def known_flags(candidates: list[str]) -> list[str]:
+    """Those that the C++ compiler takes."""
+    compiler = [*(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()]
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(folder, "empty.cpp")
+        with open(source, "w") as file:
+            file.write("int main() { return 0; }\n")
+        for flag in candidates:
+            argv = [*compiler, "-Werror", flag, "-c", source, "-o", os.path.join(folder, "empty.o")]
+            try:
+                done = subprocess.run(argv, capture_output=True, check=False)
+            except OSError:
+                return []  # no compiler: the build itself will say so
+            if done.returncode == 0:
+                found.append(flag)
+    return found
 
 
 def text_extension() -> Extension:
@@ -42,7 +70,13 @@ def ops_extension() -> Extension:
         library_dirs=library_paths(),
         libraries=["torch_cpu"],  # torch loads its libraries privately: their C functions must be asked for
         depends=glob.glob("csrc/ops/*.h"),
-        extra_compile_args=["-O3", "-std=c++20", "-g0", "-fopenmp-simd", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"],
+        extra_compile_args=[
+            "-O3",
+            "-std=c++20",
+            "-g0",
+            *known_flags(LOOP_FLAGS),
+            f"-DTORCH_TARGET_VERSION={TORCH_ABI}",
+        ],
         language="c++",
     )
 
