@@ -11,10 +11,13 @@ if __name__ == "opencoder.kernels":
     from .attention import attention, attention_backward
     from .cross_entropy import ce_grad, ce_stats, cross_entropy
     from .elementwise import rotary, swiglu
+    from .linear_cross_entropy import linear_cross_entropy
+    from .optimizer import adamw_step, grad_norm
     from .rms_norm import rms_norm
 
     __all__ = [
         "UnsupportedKernel",
+        "adamw_step",
         "attention",
         "attention_backward",
         "ce_grad",
@@ -22,6 +25,8 @@ if __name__ == "opencoder.kernels":
         "chosen",
         "cross_entropy",
         "explain",
+        "grad_norm",
+        "linear_cross_entropy",
         "rms_norm",
         "rotary",
         "swiglu",

@@ -27,11 +27,11 @@ def same_dtype(operator: str, **tensors: torch.Tensor) -> None:
 
 
 def cu_seqlens(operator: str, name: str, bounds: torch.Tensor, total: int, longest: int | None = None) -> None:
-    """`bounds` is int32, 1-D, and (where reading it costs no synchronisation) rises from 0 to `total`, by at most
-    `longest` at a time."""
+    """`bounds` is int32, 1-D, and (where its values are at hand: on a CPU, outside torch.compile) rises from 0 to `total`,
+    by at most `longest` at a time."""
     if bounds.dtype != torch.int32 or bounds.dim() != 1 or bounds.numel() < 1:
         raise ValueError(f"{operator}: {name} must be 1-D int32, got {bounds.dtype} of shape {tuple(bounds.shape)}")
-    if bounds.device.type == "cpu":
+    if bounds.device.type == "cpu" and not torch.compiler.is_compiling():
         values = bounds.tolist()
         falling = any(b < a for a, b in pairwise(values))
         if values[0] != 0 or values[-1] != total or falling:
@@ -51,3 +51,26 @@ def targets(operator: str, logits: torch.Tensor, target: torch.Tensor) -> None:
         raise ValueError(f"{operator}: targets must be ({logits.shape[0]},), got {tuple(target.shape)}")
     if target.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{operator}: targets are {target.dtype}; allowed: int64, int32")
+
+
+def loss_options(operator: str, reduction: str, label_smoothing: float, softcap: float | None) -> None:
+    """The options of a cross entropy are in range."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{operator}: reduction={reduction!r}; allowed: mean, sum, none")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{operator}: label_smoothing={label_smoothing}; allowed: [0, 1]")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{operator}: softcap={softcap}; it must be positive, None for no cap")
+
+
+def target_range(operator: str, target: torch.Tensor, classes: int, ignore_index: int) -> None:
+    """Every target is a class or ignored; looked at only where that costs no synchronisation."""
+    if target.device.type != "cpu" or not target.numel() or torch.compiler.is_compiling():
+        return
+    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if wrong.any():
+        valid = target[target != ignore_index]
+        raise ValueError(
+            f"{operator}: targets lie in [{int(valid.min())}, {int(valid.max())}]; allowed: [0, {classes}) and "
+            f"ignore_index={ignore_index}"
+        )

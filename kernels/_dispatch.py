@@ -18,14 +18,20 @@ log = logging.getLogger("opencoder")
 ENVIRONMENT = "OPENCODER_KERNELS"
 
 # What `auto` tries, best first, by operator and device type. `reference` is the definition and always the last.
+# The adapters (flash_attn, apex, liger) stand where the published numbers put them; each is skipped unless installed.
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
-    "rms_norm": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
-    "rotary": {"cpu": ("reference",), "cuda": ("reference",)},
-    "swiglu": {"cpu": ("reference",), "cuda": ("reference",)},
-    "attention": {"cpu": ("torch", "reference"), "cuda": ("torch", "reference")},
-    "cross_entropy": {"cpu": ("reference",), "cuda": ("reference",)},
-    "ce_stats": {"cpu": ("reference",), "cuda": ("reference",)},
-    "ce_grad": {"cpu": ("reference",), "cuda": ("reference",)},
+    "rms_norm": {"cpu": ("cpp", "reference"), "cuda": ("triton", "apex", "reference")},
+    "rotary": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    "swiglu": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    # Dense: torch's SDPA (cuDNN on Hopper, flash elsewhere). Documents, windows, softcap: what it cannot serve.
+    "attention": {"cpu": ("cpp", "torch", "reference"), "cuda": ("torch", "flash_attn", "triton", "reference")},
+    "attention_backward": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    "cross_entropy": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    "ce_stats": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    "ce_grad": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    "linear_cross_entropy": {"cpu": ("cpp", "torch", "reference"), "cuda": ("triton", "torch", "reference")},
+    "adamw_step": {"cpu": ("cpp", "torch", "reference"), "cuda": ("triton", "torch", "reference")},
+    "grad_norm": {"cpu": ("cpp", "torch", "reference"), "cuda": ("triton", "torch", "reference")},
 }
 
 
@@ -145,7 +151,8 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> str:
         raise UnsupportedKernel(f"explain: no operator `{operator}`{_near(operator, _REGISTRY)}")
     impl = kwargs.pop("impl", "auto")
     _checked({operator: impl}, "explain")
-    device_type = next((a.device.type for a in (*args, *kwargs.values()) if hasattr(a, "device")), "cpu")
+    tensors = (a[0] if isinstance(a, (list, tuple)) and a else a for a in (*args, *kwargs.values()))
+    device_type = next((t.device.type for t in tensors if hasattr(t, "device")), "cpu")
     named = impl if impl != "auto" else _from_context().get(operator) or _from_environment().get(operator, "auto")
     order = ORDER[operator].get(device_type, ("reference",))
     lines = [

@@ -1,24 +1,38 @@
-"""The C++ operators (csrc/ops), loaded with torch.ops.load_library, and the schemas of all registered operators."""
+"""Registration with torch: each operator's schema once, its kernels per device, a fake one for torch.compile and an
+autograd formula.
+
+CPU kernels are the C++ ones (csrc/ops, loaded with torch.ops.load_library), CUDA kernels the Triton ones. Under
+TRITON_INTERPRET=1 the same schemas exist a second time, in the namespace `opencoder_interpreted`, where the CPU kernels
+are Triton's: the interpreter then passes through the same registration as a GPU."""
 
 from __future__ import annotations
 
 import logging
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ._dispatch import register
+
 log = logging.getLogger("opencoder")
 
-LIBRARY = torch.library.Library("opencoder", "DEF")
-LIBRARY.define("rms_norm_fwd(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)")
-LIBRARY.define(
-    "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor total, Tensor rstd)"
-)
-LIBRARY.define(
-    "rms_norm_bwd(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor rstd) -> (Tensor dx, Tensor dweight)"
-)
+try:
+    import triton  # noqa: F401
+
+    TRITON_MISSING = None
+except ImportError:
+    TRITON_MISSING = "triton is not installed: pip install triton"
+"""Why the Triton kernels cannot run at all, None if they can."""
+INTERPRETED = TRITON_MISSING is None and os.environ.get("TRITON_INTERPRET") == "1"
+
+_BUILT = torch.library.Library("opencoder", "DEF")
+_TWIN = torch.library.Library("opencoder_interpreted", "DEF") if INTERPRETED else None
+Ops = Any
+"""A namespace of torch.ops."""
 
 
 @cache
@@ -42,3 +56,97 @@ def cpp_missing() -> str | None:
         reason,
     )
     return reason
+
+
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    triton: Callable[..., Any] | None = None,
+    setup: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    refuse_backward: bool = False,
+) -> None:
+    """Define one operator in each namespace.
+
+    `setup(ctx, inputs, output)` saves for `backward(ops, ctx, *grads)`, which is given the namespace whose operators it
+    must call. With `refuse_backward` a gradient through the operator is an error: for those that are a backward."""
+    name = schema.partition("(")[0]
+    for library in filter(None, (_BUILT, _TWIN)):
+        library.define(schema)
+        qualified = f"{library.ns}::{name}"
+        torch.library.register_fake(qualified, fake, lib=library)
+        if triton is not None:
+            library.impl(name, triton, "CUDA" if library is _BUILT else "CPU")
+        if backward is not None:
+            formula = partial(backward, getattr(torch.ops, library.ns))
+            torch.library.register_autograd(qualified, formula, setup_context=setup, lib=library)
+        elif refuse_backward:
+            torch.library.register_autograd(qualified, partial(_refuse, name), lib=library)
+
+
+def _refuse(name: str, ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(f"{name}: double backward is not offered; use impl='reference', which is plain torch")
+
+
+CPP_MISSING = cpp_missing()
+"""Why the C++ operators cannot run, None if they can. Settled at import, so that torch.compile sees a constant."""
+
+
+def _tensor(first: Any) -> torch.Tensor:
+    return first[0] if isinstance(first, (list, tuple)) else first
+
+
+def cpp_supports(first: Any, *args: Any, **kwargs: Any) -> str | None:
+    """For the dispatcher: whether the C++ operators run where the call's first tensor is."""
+    if CPP_MISSING is None and _tensor(first).device.type != "cpu":
+        return f"the tensors are on {_tensor(first).device.type}; the C++ operators are for cpu"
+    return CPP_MISSING
+
+
+def triton_supports(first: Any, *args: Any, **kwargs: Any) -> str | None:
+    """For the dispatcher: whether Triton runs where the call's first tensor is, in its type."""
+    x = _tensor(first)
+    if TRITON_MISSING is not None:
+        return TRITON_MISSING
+    if x.device.type != "cuda" and not INTERPRETED:
+        return (
+            f"the tensors are on {x.device.type}; Triton kernels are for cuda (or any device with TRITON_INTERPRET=1)"
+        )
+    if x.dtype == torch.bfloat16 and INTERPRETED:
+        return "Triton's interpreter computes bf16 wrongly; use fp32, fp16 or fp64"
+    return None
+
+
+def ops_of(x: torch.Tensor) -> Ops:
+    """The namespace whose kernels for the device of `x` are Triton's."""
+    return torch.ops.opencoder if x.device.type == "cuda" else torch.ops.opencoder_interpreted
+
+
+def register_both(
+    operator: str,
+    run: Callable[..., Any],
+    *,
+    cpp: Callable[..., str | None] = cpp_supports,
+    triton: Callable[..., str | None] = triton_supports,
+) -> None:
+    """Register `run(ops, *args, **kwargs)` as the operator's C++ and as its Triton implementation."""
+
+    def with_cpp(*args: Any, **kwargs: Any) -> Any:
+        return run(torch.ops.opencoder, *args, **kwargs)
+
+    def with_triton(*args: Any, **kwargs: Any) -> Any:
+        return run(ops_of(_tensor(args[0])), *args, **kwargs)
+
+    register(operator, "cpp", cpp, missing=CPP_MISSING)(with_cpp)
+    register(operator, "triton", triton, missing=TRITON_MISSING)(with_triton)
+
+
+def statistics_type(x: torch.Tensor) -> torch.dtype:
+    """The type of row statistics and arithmetic: fp64 for fp64, otherwise fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def like(x: torch.Tensor) -> torch.Tensor:
+    """For fake kernels: a contiguous tensor of the shape and type of `x`."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

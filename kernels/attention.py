@@ -1,5 +1,5 @@
-"""The public functions `attention` and `attention_backward`: dense or packed documents, one loop over documents shared
-by the reference and by torch's own kernel (SDPA)."""
+"""The public functions `attention` and `attention_backward`: dense or packed documents. The reference and torch's own
+kernel (SDPA) share one loop over documents; the C++ and Triton kernels take the bounds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ import torch.nn.functional as F
 
 from . import _checks
 from ._dispatch import choose, register
+from ._library import TRITON_MISSING, Ops, define, like, register_both, statistics_type, triton_supports
 from .reference.attention import Window, attention_backward_dense, attention_dense
+
+_triton: Any = None
+if TRITON_MISSING is None:
+    from .triton_kernels import attention as _triton
 
 
 class _Case(NamedTuple):
@@ -25,6 +30,23 @@ class _Case(NamedTuple):
     softcap: float | None
     scale: float
     return_lse: bool
+    max_seqlen: int | None
+    """Longest document in queries or keys, None if it was not said."""
+
+    @property
+    def plain(self) -> tuple[Any, ...]:
+        """The arguments of the registered operators after the tensors: −1 is an unbounded window, 0 no softcap."""
+        left, right = (-1 if side is None else side for side in self.window)
+        longest = 0 if self.bounds_q is None else self.longest()
+        return self.bounds_q, self.bounds_k, longest, self.causal, left, right, self.softcap or 0.0, self.scale
+
+    def longest(self) -> int:
+        """`max_seqlen`; read from the bounds if it was not given, for which a GPU has to be waited for."""
+        if self.max_seqlen is not None:
+            return self.max_seqlen
+        assert self.bounds_q is not None
+        assert self.bounds_k is not None
+        return max((int(b.diff().max()) for b in (self.bounds_q, self.bounds_k) if b.numel() > 1), default=0)
 
     @property
     def dense(self) -> dict[str, Any]:
@@ -75,6 +97,7 @@ def attention_backward(
     window: int | tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv from the output and log-sum-exp of `attention`; shapes as there.
 
@@ -85,6 +108,23 @@ def attention_backward(
     for name, t, shape in (("dout", dout, q.shape), ("out", out, q.shape), ("lse", lse, statistics)):
         if t.shape != shape:
             raise ValueError(f"attention_backward: {name} must be {tuple(shape)}, got {tuple(t.shape)}")
+    with torch.no_grad():
+        chosen = choose("attention_backward", impl, q.device.type, dout, q, k, v, out, lse, case=case)
+        grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = chosen.run(dout, q, k, v, out, lse, case=case)
+    return grads
+
+
+@register("attention_backward", "reference")
+def _reference_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    case: _Case,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if case.bounds_q is None:
         return attention_backward_dense(dout, q, k, v, out, lse, **case.dense)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -138,7 +178,16 @@ def _resolve(
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{operator}: softcap={softcap}; it must be positive, None for no cap")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _Case(causal, cu_seqlens, bounds_k, (left, right), softcap, scale, return_lse)
+    return _Case(causal, cu_seqlens, bounds_k, (left, right), softcap, scale, return_lse, max_seqlen)
+
+
+def _case_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: _Case | None, options: dict[str, Any]) -> _Case:
+    """The case of a call; from K.explain it comes as the public arguments."""
+    if case is not None:
+        return case
+    defaults: dict[str, Any] = {"causal": True, "cu_seqlens": None, "cu_seqlens_k": None}
+    defaults |= {"max_seqlen": None, "window": None, "softcap": None, "scale": None, "return_lse": False}
+    return _resolve("attention", q, k, v, **{**defaults, **{n: options[n] for n in defaults if n in options}})
 
 
 def _documents(case: _Case) -> list[tuple[slice, slice]]:
@@ -175,10 +224,7 @@ def _run_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, case: _
 def _torch_supports(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, case: _Case | None = None, **kw: Any
 ) -> str | None:
-    if case is None:  # from K.explain, with the public arguments
-        defaults: dict[str, Any] = {"causal": True, "cu_seqlens": None, "cu_seqlens_k": None}
-        defaults |= {"max_seqlen": None, "window": None, "softcap": None, "scale": None, "return_lse": False}
-        case = _resolve("attention", q, k, v, **{**defaults, **{n: kw[n] for n in defaults if n in kw}})
+    case = _case_of(q, k, v, case, kw)
     if case.window != (None, None):
         return "SDPA has no sliding window"
     if case.softcap is not None:
@@ -206,3 +252,60 @@ def _run_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, case: _Case
         return out.transpose(1, 2), None
 
     return one(q, k, v, case)[0] if case.bounds_q is None else _packed(q, k, v, case, one)
+
+
+# ---- C++ and Triton ----
+
+
+def _registered(ops: Ops, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, case: _Case) -> Any:
+    out, lse = ops.attention_fwd(q, k, v, *case.plain)
+    return (out, lse) if case.return_lse else out
+
+
+def _registered_backward(ops: Ops, *tensors: torch.Tensor, case: _Case) -> Any:
+    return ops.attention_bwd(*tensors, None, *case.plain)
+
+
+def _triton_head_fits(first: torch.Tensor, *rest: Any, **options: Any) -> str | None:
+    reason = triton_supports(first)
+    if reason is None and not 16 <= first.shape[-1] <= _triton.MAX_HEAD_DIM:
+        reason = f"head_dim={first.shape[-1]}; the kernel takes 16 to {_triton.MAX_HEAD_DIM}"
+    elif reason is None and first.shape[-1] % 8:
+        reason = f"head_dim={first.shape[-1]} is not a multiple of 8"
+    return reason
+
+
+register_both("attention", _registered, triton=_triton_head_fits)
+register_both("attention_backward", _registered_backward, triton=_triton_head_fits)
+
+_OPTIONS = "Tensor? cu_seqlens, Tensor? cu_seqlens_k, int max_seqlen, bool causal, int left, int right, float softcap, float scale"
+
+
+def _lse_like(q: torch.Tensor, packed: bool) -> torch.Tensor:
+    shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
+    return q.new_empty(shape, dtype=statistics_type(q))
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    q, k, v, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _backward(ops: Ops, ctx: Any, dout: torch.Tensor, dlse: torch.Tensor | None) -> Any:
+    return *ops.attention_bwd(dout, *ctx.saved_tensors, dlse, *ctx.options), *(None for _ in ctx.options)
+
+
+define(
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    fake=lambda q, k, v, bounds, *rest: (like(q), _lse_like(q, bounds is not None)),
+    triton=_triton and _triton.forward,
+    setup=_save,
+    backward=_backward,
+)
+define(
+    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    fake=lambda dout, q, k, v, *rest: (like(q), like(k), like(v)),
+    triton=_triton and _triton.backward,
+    refuse_backward=True,
+)

@@ -1,23 +1,28 @@
-"""The public functions `cross_entropy`, `ce_stats` and `ce_grad`."""
+"""The public functions `cross_entropy`, `ce_stats` and `ce_grad` and their registered operators."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from . import _checks
 from ._dispatch import choose, register
+from ._library import TRITON_MISSING, Ops, define, like, register_both, statistics_type
 from .reference import cross_entropy as _reference
 
-register("cross_entropy", "reference")(_reference.cross_entropy)
-register("ce_stats", "reference")(_reference.ce_stats)
-register("ce_grad", "reference")(_reference.ce_grad)
+_triton: Any = None
+if TRITON_MISSING is None:
+    from .triton_kernels import cross_entropy as _triton
+
+IGNORE = _reference.IGNORE
 
 
 def cross_entropy(
     logits: torch.Tensor,
     targets: torch.Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
@@ -30,19 +35,8 @@ def cross_entropy(
     `z_loss` adds z · lse² (arXiv:2204.02311, section 5); `softcap` c caps logits to c · tanh(x / c)."""
     _checks.floating("cross_entropy", logits=logits)
     _checks.targets("cross_entropy", logits, targets)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"cross_entropy: reduction={reduction!r}; allowed: mean, sum, none")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"cross_entropy: label_smoothing={label_smoothing}; allowed: [0, 1]")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"cross_entropy: softcap={softcap}; it must be positive, None for no cap")
-    if targets.device.type == "cpu" and targets.numel():
-        valid = targets[targets != ignore_index]
-        if valid.numel() and (valid.min() < 0 or valid.max() >= logits.shape[1]):
-            raise ValueError(
-                f"cross_entropy: targets lie in [{int(valid.min())}, {int(valid.max())}]; allowed: "
-                f"[0, {logits.shape[1]}) and ignore_index={ignore_index}"
-            )
+    _checks.loss_options("cross_entropy", reduction, label_smoothing, softcap)
+    _checks.target_range("cross_entropy", targets, logits.shape[1], ignore_index)
     options = {
         "ignore_index": ignore_index,
         "z_loss": z_loss,
@@ -78,10 +72,11 @@ def ce_grad(
     scale: float | torch.Tensor,
     vocab_start: int = 0,
     *,
+    z_loss: float = 0.0,
     out: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """The backward half: scale · (softmax − onehot) for the columns from `vocab_start` on, (T, V/tp).
+    """The backward half: scale · ((1 + 2·z_loss·lse) · softmax − onehot) for the columns from `vocab_start` on, (T, V/tp).
 
     `lse` (T,) over the whole vocabulary, `scale` a number or (T,); rows whose target is −100 are 0. `out` receives the
     result and may be `logits` itself (no second buffer)."""
@@ -97,6 +92,121 @@ def ce_grad(
             f"ce_grad: out is {out.dtype} {tuple(out.shape)}; it must be like logits {tuple(logits.shape)}"
         )
     with torch.no_grad():
-        chosen = choose("ce_grad", impl, logits.device.type, logits, targets, lse, scale, vocab_start)
-        grad: torch.Tensor = chosen.run(logits, targets, lse, scale, vocab_start, out=out)
+        wide = statistics_type(logits)
+        each = (scale.to(wide) if isinstance(scale, torch.Tensor) else logits.new_full((), scale, dtype=wide)).expand(
+            rows
+        )
+        arguments = (logits, targets, lse, each, vocab_start)
+        chosen = choose("ce_grad", impl, logits.device.type, *arguments, z_loss=z_loss, out=out)
+        grad: torch.Tensor = chosen.run(*arguments, z_loss=z_loss, out=out)
     return grad
+
+
+def _cross_entropy(
+    ops: Ops,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    ignore_index: int,
+    z_loss: float,
+    label_smoothing: float,
+    softcap: float | None,
+    reduction: str,
+) -> torch.Tensor:
+    loss: torch.Tensor = ops.ce_forward(logits, targets, ignore_index, z_loss, label_smoothing, softcap)[0]
+    return _reference.reduced(loss, targets != ignore_index, reduction)
+
+
+def _ce_stats(ops: Ops, logits: torch.Tensor, targets: torch.Tensor, vocab_start: int = 0) -> Any:
+    return ops.ce_stats(logits, targets, vocab_start)
+
+
+def _ce_grad(
+    ops: Ops,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    scale: torch.Tensor,
+    vocab_start: int = 0,
+    *,
+    z_loss: float = 0.0,
+    out: torch.Tensor | None = None,
+) -> Any:
+    arguments = (scale, logits, targets, lse, vocab_start, IGNORE, z_loss, 0.0, None)
+    if out is None:
+        return ops.ce_backward(*arguments)
+    if not out.is_contiguous():
+        return out.copy_(ops.ce_backward(*arguments))
+    if out.data_ptr() == logits.data_ptr() and logits.is_contiguous():
+        ops.ce_backward_(*arguments)
+    else:
+        ops.ce_backward_out(*arguments, out)
+    return out
+
+
+register("cross_entropy", "reference")(_reference.cross_entropy)
+register("ce_stats", "reference")(_reference.ce_stats)
+register("ce_grad", "reference")(_reference.ce_grad)
+register_both("cross_entropy", _cross_entropy)
+register_both("ce_stats", _ce_stats)
+register_both("ce_grad", _ce_grad)
+
+
+# ---- the operators ----
+
+
+def _statistics(logits: torch.Tensor, number: int) -> Any:
+    return tuple(logits.new_empty(logits.shape[:1], dtype=statistics_type(logits)) for _ in range(number))
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    logits, targets, *ctx.options = inputs
+    ctx.save_for_backward(logits, targets, output[1])
+
+
+def _backward(ops: Ops, ctx: Any, dloss: torch.Tensor, dlse: Any) -> Any:
+    logits, targets, lse = ctx.saved_tensors
+    ignore_index, *rest = ctx.options
+    return ops.ce_backward(dloss, logits, targets, lse, 0, ignore_index, *rest), None, None, None, None, None
+
+
+_OPTIONS = "int ignore_index, float z_loss, float label_smoothing, float? softcap"
+_FROM = f"Tensor targets, Tensor lse, int vocab_start, {_OPTIONS}"
+define(
+    f"ce_forward(Tensor logits, Tensor targets, {_OPTIONS}) -> (Tensor loss, Tensor lse)",
+    fake=lambda logits, *rest: _statistics(logits, 2),
+    triton=_triton and _triton.ce_forward,
+    setup=_save,
+    backward=_backward,
+)
+define(
+    "ce_stats(Tensor logits, Tensor targets, int vocab_start) -> (Tensor, Tensor, Tensor)",
+    fake=lambda logits, *rest: _statistics(logits, 3),
+    triton=_triton and _triton.ce_stats,
+)
+define(
+    f"ce_backward(Tensor dloss, Tensor logits, {_FROM}) -> Tensor",
+    fake=lambda dloss, logits, *rest: like(logits),
+    triton=_triton and (lambda dloss, logits, *rest: _triton.ce_backward(dloss, logits, *rest, out=None)),
+    refuse_backward=True,
+)
+
+
+def _in_place(dloss: torch.Tensor, logits: torch.Tensor, *rest: Any) -> None:
+    _triton.ce_backward(dloss, logits, *rest, out=logits)
+
+
+def _into(dloss: torch.Tensor, logits: torch.Tensor, *rest: Any) -> None:
+    _triton.ce_backward(dloss, logits, *rest[:-1], out=rest[-1])
+
+
+define(
+    f"ce_backward_(Tensor dloss, Tensor(a!) logits, {_FROM}) -> ()",
+    fake=lambda *arguments: None,
+    triton=_triton and _in_place,
+)
+define(
+    f"ce_backward_out(Tensor dloss, Tensor logits, {_FROM}, Tensor(a!) out) -> ()",
+    fake=lambda *arguments: None,
+    triton=_triton and _into,
+)

@@ -26,12 +26,18 @@ def cross_entropy(
     if softcap is not None:
         x = softcap * torch.tanh(x / softcap)
     valid = targets != ignore_index
+    # An ignored row may hold anything: without this its infinities would come back as NaN gradients.
+    x = torch.where(valid[:, None], x, 0.0)
     lse = torch.logsumexp(x, -1)
     target = x.gather(-1, targets.long().masked_fill(~valid, 0)[:, None])[:, 0]
     loss = lse - (1 - label_smoothing) * target
     if label_smoothing:
         loss = loss - label_smoothing * x.mean(-1)
-    loss = torch.where(valid, loss + z_loss * lse**2, 0.0)
+    return reduced(torch.where(valid, loss + z_loss * lse**2, 0.0), valid, reduction)
+
+
+def reduced(loss: torch.Tensor, valid: torch.Tensor, reduction: str) -> torch.Tensor:
+    """Token losses (T,), 0 where not `valid`, to what `reduction` asks for."""
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / valid.sum()
@@ -65,17 +71,20 @@ def ce_grad(
     logits: torch.Tensor,
     targets: torch.Tensor,
     lse: torch.Tensor,
-    scale: float | torch.Tensor,
+    scale: torch.Tensor,
     vocab_start: int,
     *,
+    z_loss: float = 0.0,
     out: torch.Tensor | None = None,
     rows: int = 64,
 ) -> torch.Tensor:
-    """scale · (softmax − onehot) for this shard; 0 where the target is −100. `out` may be `logits` itself."""
+    """scale · ((1 + 2·z·lse) · softmax − onehot) for this shard, scale (T,); 0 where the target is −100. `out` may be
+    `logits` itself."""
     wide = _wide(logits)
     out = torch.empty_like(logits) if out is None else out
     valid = targets != IGNORE
     factor = torch.where(valid, scale, 0.0).to(wide)  # (T,)
+    whole = factor if not z_loss else factor * (1 + 2 * z_loss * lse)
     local = targets.long() - vocab_start
     here = valid & (local >= 0) & (local < logits.shape[1])
     for start in range(0, logits.shape[0], rows):
@@ -84,7 +93,7 @@ def ce_grad(
             block = torch.sub(logits[part], lse[part, None], out=out[part])
         else:
             block = logits[part].to(wide) - lse[part, None]
-        block.exp_().mul_(factor[part, None])
+        block.exp_().mul_(whole[part, None])
         at = local[part].masked_fill(~here[part], 0)[:, None]
         block.scatter_add_(1, at, -(factor[part] * here[part])[:, None])
         if out.dtype != wide:

@@ -6,12 +6,17 @@ import torch
 import torch.nn.functional as F
 
 
-def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, inplace: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn the pairs (i, i + R/2) of the first R dims of each head; the rest passes unchanged."""
     if cos.dim() == 2:
         cos, sin = cos[None], sin[None]
     cos, sin = cos[:, :, None], sin[:, :, None]  # (B or 1, S, 1, R/2)
-    return _turn(q, cos, sin), _turn(k, cos, sin)
+    turned = _turn(q, cos, sin), _turn(k, cos, sin)
+    if not inplace:
+        return turned
+    return q.copy_(turned[0]), k.copy_(turned[1])
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,186 @@
+"""The public functions `adamw_step` and `grad_norm`: lists of tensors in few launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import _checks
+from ._dispatch import choose, register
+from ._library import TRITON_MISSING, Ops, define, register_both, statistics_type
+from .reference import optimizer as _reference
+
+_triton: Any = None
+if TRITON_MISSING is None:
+    from .triton_kernels import optimizer as _triton
+
+Tensors = Sequence[torch.Tensor]
+
+
+@torch.no_grad()
+def adamw_step(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    masters: Tensors | None = None,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip_coef: float | torch.Tensor | None = None,
+    impl: str = "auto",
+) -> None:
+    """One AdamW update in place, `step` counted from 1; gradients are multiplied by `clip_coef` on the way, not changed.
+
+    The state is fp32 (fp64 for fp64 parameters). 16-bit parameters need fp32 `masters`: those are updated, and the
+    parameters are set to them, rounded. Gradients have their parameter's type or the state's. `clip_coef` may be a 0-dim
+    tensor, so that a GPU need not be waited for. Source: arXiv:1711.05101."""
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    _check_lists(lists | ({} if masters is None else {"masters": masters}))
+    if step < 1:
+        raise ValueError(f"adamw_step: step={step}; steps count from 1")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"adamw_step: betas={betas}; allowed: [0, 1)")
+    if isinstance(clip_coef, torch.Tensor) and clip_coef.numel() != 1:
+        raise ValueError(f"adamw_step: clip_coef must be a number or 0-dim, got {tuple(clip_coef.shape)}")
+    if not params:
+        return
+    arguments = (params, grads, exp_avgs, exp_avg_sqs, masters)
+    options: dict[str, Any] = {
+        "step": step,
+        "lr": lr,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "clip_coef": clip_coef,
+    }
+    choose("adamw_step", impl, params[0].device.type, *arguments, **options).run(*arguments, **options)
+
+
+@torch.no_grad()
+def grad_norm(tensors: Tensors, *, impl: str = "auto") -> torch.Tensor:
+    """The 2-norm of all values of all tensors, 0-dim fp32 on their device (fp64 if they are fp64); not synchronised."""
+    if not tensors:
+        raise ValueError("grad_norm: an empty list; the norm of no tensor has no device")
+    _checks.floating("grad_norm", **{f"tensors[{i}]": t for i, t in enumerate(tensors)})
+    norm: torch.Tensor = choose("grad_norm", impl, tensors[0].device.type, tensors).run(tensors)
+    return norm
+
+
+def _check_lists(lists: dict[str, Tensors]) -> None:
+    params = lists["params"]
+    if len({len(tensors) for tensors in lists.values()}) > 1:
+        raise ValueError(f"adamw_step: lists of different lengths: { {n: len(t) for n, t in lists.items()} }")
+    for i, p in enumerate(params):
+        wide = statistics_type(p)
+        for name, tensors in lists.items():
+            t = tensors[i]
+            allowed = {"params": (p.dtype,), "grads": (p.dtype, wide)}.get(name, (wide,))
+            if t.shape != p.shape or t.device != p.device or t.dtype not in allowed:
+                raise ValueError(
+                    f"adamw_step: {name}[{i}] is {t.dtype} {tuple(t.shape)} on {t.device}; it must be "
+                    f"{' or '.join(map(str, dict.fromkeys(allowed)))} {tuple(p.shape)} on {p.device} like params[{i}]"
+                )
+            if name != "grads" and not t.is_contiguous():
+                raise ValueError(f"adamw_step: {name}[{i}] is not contiguous; it is updated in place")
+        if p.dtype != wide and "masters" not in lists:
+            raise ValueError(f"adamw_step: params[{i}] is {p.dtype} and needs fp32 masters")
+        if p.dtype not in _checks.FLOATS:
+            raise ValueError(f"adamw_step: params[{i}] is {p.dtype}; allowed: fp64, fp32, bf16, fp16")
+
+
+def _adamw(
+    ops: Ops,
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    masters: Tensors | None,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip_coef: float | torch.Tensor | None,
+) -> None:
+    if isinstance(clip_coef, torch.Tensor):
+        clip = clip_coef.to(torch.float64)
+    else:
+        clip = params[0].new_full((), 1.0 if clip_coef is None else clip_coef, dtype=torch.float64)
+    grads = [g.contiguous() for g in grads]
+    ops.adamw_step_(params, grads, exp_avgs, exp_avg_sqs, masters or [], clip, lr, *betas, eps, weight_decay, step)
+
+
+def _torch_supports(params: Tensors, *args: Any, clip_coef: Any = None, **options: Any) -> str | None:
+    grads, _, _, masters = args
+    if masters is not None:
+        return "torch's fused AdamW has no master weights"
+    if clip_coef is not None:
+        return "torch's fused AdamW has no clip factor"
+    if len({t.dtype for t in (*params, *grads)}) > 1:
+        return "torch's fused AdamW takes one type"
+    if params[0].device.type not in ("cpu", "cuda"):
+        return f"torch's fused AdamW is for cpu and cuda, not {params[0].device.type}"
+    return None
+
+
+@register("adamw_step", "torch", _torch_supports)
+def _torch_adamw(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    masters: None,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip_coef: None,
+) -> None:
+    # The operator counts the step itself, in tensors.
+    steps = [torch.tensor(float(step), device=p.device) for p in params]
+    torch._fused_adamw_(
+        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), [], steps,
+        lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+    )  # fmt: skip
+
+
+@register("grad_norm", "torch")
+def _torch_norm(tensors: Tensors) -> torch.Tensor:
+    norms = torch._foreach_norm(list(tensors), 2, dtype=_widest(tensors))
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].dtype) for n in norms]))
+
+
+def _widest(tensors: Tensors) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _grad_norm(ops: Ops, tensors: Tensors) -> torch.Tensor:
+    norm: torch.Tensor = ops.square_sum(list(tensors)).sqrt().to(_widest(tensors))
+    return norm
+
+
+register("adamw_step", "reference")(_reference.adamw_step)
+register("grad_norm", "reference")(_reference.grad_norm)
+register_both("adamw_step", _adamw)
+register_both("grad_norm", _grad_norm)
+
+define(
+    "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] masters, Tensor clip, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()",
+    fake=lambda *arguments: None,
+    triton=_triton and _triton.adamw_step,
+)
+define(
+    "square_sum(Tensor[] tensors) -> Tensor",
+    fake=lambda tensors: tensors[0].new_empty((), dtype=torch.float64),
+    triton=_triton and _triton.square_sum,
+)
