@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,18 +194,3 @@ def test_without_the_library_the_reference_runs_and_says_once_what_is_missing() 
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert "cpp: OPENCODER_NO_EXT=1" in done.stdout
     assert "reference: can serve  <- runs" in done.stdout
-
-
-TRITON = pytest.mark.skipif(
-    subprocess.run([sys.executable, "-c", "import triton"], capture_output=True, check=False).returncode != 0,
-    reason="triton is not installed",
-)
-
-
-@TRITON
-def test_triton_in_the_interpreter_equals_the_reference() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1"}  # must be set before triton is imported: a process of its own
-    script = Path(__file__).parent / "triton_interpreted.py"
-    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "cases equal" in done.stdout
