@@ -53,14 +53,19 @@ def targets(operator: str, logits: torch.Tensor, target: torch.Tensor) -> None:
         raise ValueError(f"{operator}: targets are {target.dtype}; allowed: int64, int32")
 
 
+def positive_cap(operator: str, softcap: float | None) -> None:
+    """A cap is positive or absent."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{operator}: softcap={softcap}; it must be positive, None for no cap")
+
+
 def loss_options(operator: str, reduction: str, label_smoothing: float, softcap: float | None) -> None:
     """The options of a cross entropy are in range."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{operator}: reduction={reduction!r}; allowed: mean, sum, none")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{operator}: label_smoothing={label_smoothing}; allowed: [0, 1]")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"{operator}: softcap={softcap}; it must be positive, None for no cap")
+    positive_cap(operator, softcap)
 
 
 def target_range(operator: str, target: torch.Tensor, classes: int, ignore_index: int) -> None:

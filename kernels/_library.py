@@ -63,11 +63,13 @@ def define(
     *,
     fake: Callable[..., Any],
     triton: Callable[..., Any] | None = None,
+    python: Callable[..., Any] | None = None,
     setup: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     refuse_backward: bool = False,
 ) -> None:
-    """Define one operator in each namespace.
+    """Define one operator in each namespace. `triton` is its CUDA kernel, `python` one for every device; what has neither has
+    a C++ kernel alone.
 
     `setup(ctx, inputs, output)` saves for `backward(ops, ctx, *grads)`, which is given the namespace whose operators it
     must call. With `refuse_backward` a gradient through the operator is an error: for those that are a backward."""
@@ -78,6 +80,8 @@ def define(
         torch.library.register_fake(qualified, fake, lib=library)
         if triton is not None:
             library.impl(name, triton, "CUDA" if library is _BUILT else "CPU")
+        if python is not None:
+            library.impl(name, python, "CompositeExplicitAutograd")
         if backward is not None:
             formula = partial(backward, getattr(torch.ops, library.ns))
             torch.library.register_autograd(qualified, formula, setup_context=setup, lib=library)

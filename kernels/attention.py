@@ -175,8 +175,7 @@ def _resolve(
     for side, size in (("left", left), ("right", right)):
         if size is not None and (not isinstance(size, int) or size < 0):
             raise ValueError(f"{operator}: window {side}={size}; allowed: an integer from 0 on, None for unbounded")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"{operator}: softcap={softcap}; it must be positive, None for no cap")
+    _checks.positive_cap(operator, softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _Case(causal, cu_seqlens, bounds_k, (left, right), softcap, scale, return_lse, max_seqlen)
 

@@ -50,18 +50,26 @@ def cross_entropy(
 
 
 def ce_stats(
-    logits: torch.Tensor, targets: torch.Tensor, vocab_start: int = 0, *, impl: str = "auto"
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    vocab_start: int = 0,
+    *,
+    softcap: float | None = None,
+    impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The forward half of a vocabulary-parallel cross entropy; the collective between the halves is the caller's.
 
     logits (T, V/tp) are the columns from `vocab_start` on; targets (T,) are global ids. Returns (max, sumexp,
     target_logit), each (T,), fp32 or wider: lse = max + log(sumexp); target_logit is 0 where the target is in another
-    shard or ignored. No gradient."""
+    shard or ignored. `softcap` c caps the logits to c · tanh(x / c) first. No gradient."""
     _checks.floating("ce_stats", logits=logits)
     _checks.targets("ce_stats", logits, targets)
+    _checks.positive_cap("ce_stats", softcap)
     with torch.no_grad():
-        chosen = choose("ce_stats", impl, logits.device.type, logits, targets, vocab_start)
-        stats: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = chosen.run(logits, targets, vocab_start)
+        chosen = choose("ce_stats", impl, logits.device.type, logits, targets, vocab_start, softcap=softcap)
+        stats: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = chosen.run(
+            logits, targets, vocab_start, softcap=softcap
+        )
     return stats
 
 
@@ -73,15 +81,17 @@ def ce_grad(
     vocab_start: int = 0,
     *,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     out: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """The backward half: scale · ((1 + 2·z_loss·lse) · softmax − onehot) for the columns from `vocab_start` on, (T, V/tp).
 
-    `lse` (T,) over the whole vocabulary, `scale` a number or (T,); rows whose target is −100 are 0. `out` receives the
-    result and may be `logits` itself (no second buffer)."""
+    `lse` (T,) over the whole vocabulary (capped, with a `softcap`), `scale` a number or (T,); rows whose target is −100
+    are 0. `out` receives the result and may be `logits` itself (no second buffer)."""
     _checks.floating("ce_grad", logits=logits, lse=lse)
     _checks.targets("ce_grad", logits, targets)
+    _checks.positive_cap("ce_grad", softcap)
     rows = logits.shape[:1]
     if lse.shape != rows:
         raise ValueError(f"ce_grad: lse must be ({rows[0]},), got {tuple(lse.shape)}")
@@ -97,8 +107,10 @@ def ce_grad(
             rows
         )
         arguments = (logits, targets, lse, each, vocab_start)
-        chosen = choose("ce_grad", impl, logits.device.type, *arguments, z_loss=z_loss, out=out)
-        grad: torch.Tensor = chosen.run(*arguments, z_loss=z_loss, out=out)
+        options: dict[str, Any] = {"z_loss": z_loss, "softcap": softcap, "out": out}
+        grad: torch.Tensor = choose("ce_grad", impl, logits.device.type, *arguments, **options).run(
+            *arguments, **options
+        )
     return grad
 
 
@@ -117,8 +129,10 @@ def _cross_entropy(
     return _reference.reduced(loss, targets != ignore_index, reduction)
 
 
-def _ce_stats(ops: Ops, logits: torch.Tensor, targets: torch.Tensor, vocab_start: int = 0) -> Any:
-    return ops.ce_stats(logits, targets, vocab_start)
+def _ce_stats(
+    ops: Ops, logits: torch.Tensor, targets: torch.Tensor, vocab_start: int = 0, *, softcap: float | None = None
+) -> Any:
+    return ops.ce_stats(logits, targets, vocab_start, softcap)
 
 
 def _ce_grad(
@@ -130,14 +144,15 @@ def _ce_grad(
     vocab_start: int = 0,
     *,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     out: torch.Tensor | None = None,
 ) -> Any:
-    arguments = (scale, logits, targets, lse, vocab_start, IGNORE, z_loss, 0.0, None)
+    arguments = (scale, logits, targets, lse, vocab_start, IGNORE, z_loss, 0.0, softcap)
     if out is None:
         return ops.ce_backward(*arguments)
     if not out.is_contiguous():
         return out.copy_(ops.ce_backward(*arguments))
-    if out.data_ptr() == logits.data_ptr() and logits.is_contiguous():
+    if out is logits:
         ops.ce_backward_(*arguments)
     else:
         ops.ce_backward_out(*arguments, out)
@@ -180,7 +195,7 @@ define(
     backward=_backward,
 )
 define(
-    "ce_stats(Tensor logits, Tensor targets, int vocab_start) -> (Tensor, Tensor, Tensor)",
+    "ce_stats(Tensor logits, Tensor targets, int vocab_start, float? softcap) -> (Tensor, Tensor, Tensor)",
     fake=lambda logits, *rest: _statistics(logits, 3),
     triton=_triton and _triton.ce_stats,
 )

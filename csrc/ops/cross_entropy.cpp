@@ -240,12 +240,13 @@ void ce_backward_out(const Tensor& dloss, const Tensor& logits_in, const Tensor&
     backward(logits, targets, lse, dloss, vocab_start, ignore_index, z_loss, label_smoothing, softcap, out);
 }
 
-std::tuple<Tensor, Tensor, Tensor> ce_stats(const Tensor& logits_in, const Tensor& targets_in, int64_t vocab_start) {
+std::tuple<Tensor, Tensor, Tensor> ce_stats(const Tensor& logits_in, const Tensor& targets_in, int64_t vocab_start,
+                                            std::optional<double> softcap) {
     check(logits_in, targets_in);
     const Tensor logits = torch::stable::contiguous(logits_in), targets = as_int64(targets_in);
     Tensor highest = statistics_like(logits), sum_exp = statistics_like(logits), target = statistics_like(logits);
     DISPATCH("ce_stats", logits, {
-        const Stats<T> a{rows_of<T>(logits, targets, vocab_start, 0, std::nullopt), mutable_data<RealOf<T>>(highest),
+        const Stats<T> a{rows_of<T>(logits, targets, vocab_start, 0, softcap), mutable_data<RealOf<T>>(highest),
                          mutable_data<RealOf<T>>(sum_exp), mutable_data<RealOf<T>>(target)};
         PARALLEL(stats_rows, a, logits.size(0), logits.size(1) * sizeof(T));
     })

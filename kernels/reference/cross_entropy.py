@@ -22,6 +22,19 @@ def cross_entropy(
     reduction: str = "mean",
 ) -> torch.Tensor:
     """lse − logit of the target, smoothed towards the mean logit, plus z_loss · lse²; 0 where the target is ignored."""
+    loss, _ = loss_and_lse(logits, targets, ignore_index, z_loss, label_smoothing, softcap)
+    return reduced(loss, targets != ignore_index, reduction)
+
+
+def loss_and_lse(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int,
+    z_loss: float,
+    label_smoothing: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token losses and log-sum-exps, each (T,); both 0 where the target is ignored."""
     x = logits.to(_wide(logits))
     if softcap is not None:
         x = softcap * torch.tanh(x / softcap)
@@ -33,7 +46,7 @@ def cross_entropy(
     loss = lse - (1 - label_smoothing) * target
     if label_smoothing:
         loss = loss - label_smoothing * x.mean(-1)
-    return reduced(torch.where(valid, loss + z_loss * lse**2, 0.0), valid, reduction)
+    return torch.where(valid, loss + z_loss * lse**2, 0.0), torch.where(valid, lse, 0.0)
 
 
 def reduced(loss: torch.Tensor, valid: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -44,9 +57,11 @@ def reduced(loss: torch.Tensor, valid: torch.Tensor, reduction: str) -> torch.Te
 
 
 def ce_stats(
-    logits: torch.Tensor, targets: torch.Tensor, vocab_start: int
+    logits: torch.Tensor, targets: torch.Tensor, vocab_start: int, *, softcap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(T, V/tp) → largest logit, sum of exp(logit − largest), and the target's logit (0 if it is not in this shard)."""
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits.to(_wide(logits)) / softcap)
     highest, sum_exp = _max_and_sum_exp(logits)
     local = targets.long() - vocab_start
     here = (local >= 0) & (local < logits.shape[1])
@@ -75,11 +90,13 @@ def ce_grad(
     vocab_start: int,
     *,
     z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
     out: torch.Tensor | None = None,
     rows: int = 64,
 ) -> torch.Tensor:
-    """scale · ((1 + 2·z·lse) · softmax − onehot) for this shard, scale (T,); 0 where the target is −100. `out` may be
-    `logits` itself."""
+    """scale · ((1 + 2·z·lse) · softmax − target distribution) for this shard, scale (T,); 0 where the target is −100. With
+    a softcap times its slope. Smoothing is for whole vocabularies. `out` may be `logits` itself."""
     wide = _wide(logits)
     out = torch.empty_like(logits) if out is None else out
     valid = targets != IGNORE
@@ -87,15 +104,18 @@ def ce_grad(
     whole = factor if not z_loss else factor * (1 + 2 * z_loss * lse)
     local = targets.long() - vocab_start
     here = valid & (local >= 0) & (local < logits.shape[1])
+    at_target = -(factor * here) * (1 - label_smoothing)
     for start in range(0, logits.shape[0], rows):
         part = slice(start, start + rows)
-        if out.dtype == wide:
-            block = torch.sub(logits[part], lse[part, None], out=out[part])
-        else:
-            block = logits[part].to(wide) - lse[part, None]
+        tanh = None if softcap is None else torch.tanh(logits[part].to(wide) / softcap)
+        capped = logits[part].to(wide) if softcap is None or tanh is None else softcap * tanh
+        block = torch.sub(capped, lse[part, None], out=out[part] if out.dtype == wide else None)
         block.exp_().mul_(whole[part, None])
-        at = local[part].masked_fill(~here[part], 0)[:, None]
-        block.scatter_add_(1, at, -(factor[part] * here[part])[:, None])
+        if label_smoothing:
+            block -= factor[part, None] * (label_smoothing / logits.shape[1])
+        block.scatter_add_(1, local[part].masked_fill(~here[part], 0)[:, None], at_target[part, None])
+        if tanh is not None:
+            block *= 1 - tanh * tanh
         if out.dtype != wide:
             out[part] = block
     # A masked row with infinite logits would give 0 · inf = nan.

@@ -72,17 +72,18 @@ def forward_kernel(
 
 @triton.jit
 def stats_kernel(
-    logits_ptr, targets_ptr, highest_ptr, total_ptr, chosen_ptr, width, vocab_start,
-    V: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr,
+    logits_ptr, targets_ptr, highest_ptr, total_ptr, chosen_ptr, width, vocab_start, softcap,
+    V: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     local = tl.load(targets_ptr + row).to(tl.int64) - vocab_start
     row_ptr = logits_ptr + row * V
-    largest, total, _ = _statistics(row_ptr, width, 1.0, V, BLOCK, False, REAL)
+    largest, total, _ = _statistics(row_ptr, width, softcap, V, BLOCK, SOFTCAP, REAL)
     here = (local >= 0) & (local < V)
     tl.store(highest_ptr + row, largest)
     tl.store(total_ptr + row, total)
-    tl.store(chosen_ptr + row, tl.load(row_ptr + local, mask=here, other=0.0).to(REAL))
+    chosen, _ = _capped(tl.load(row_ptr + local, mask=here, other=0.0).to(REAL), softcap, SOFTCAP)
+    tl.store(chosen_ptr + row, chosen)
 
 
 @triton.jit
@@ -140,7 +141,7 @@ def ce_forward(
 
 
 def ce_stats(
-    logits: torch.Tensor, targets: torch.Tensor, vocab_start: int
+    logits: torch.Tensor, targets: torch.Tensor, vocab_start: int, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Largest logit, Σ exp(logit − largest) and the target's logit (0 if it is not in this shard), each (T,)."""
     logits, targets = logits.contiguous(), targets.contiguous()
@@ -148,8 +149,8 @@ def ce_stats(
     if logits.shape[0]:
         with on_device(logits):
             stats_kernel[(logits.shape[0],)](
-                logits, targets, highest, total, chosen, logits.shape[1], vocab_start,
-                REAL=real_of(logits)[1], **_options(logits),
+                logits, targets, highest, total, chosen, logits.shape[1], vocab_start, softcap or 1.0,
+                SOFTCAP=softcap is not None, REAL=real_of(logits)[1], **_options(logits),
             )  # fmt: skip
     return highest, total, chosen
 
@@ -182,15 +183,14 @@ def variants(arch: int) -> Iterator[Variant]:
             rows = {"logits_ptr": f"*{kind}", "targets_ptr": "*i64", "width": "i32:16"}
             scalars = {"ignore_index": "i32", "z_loss": "fp32", "smoothing": "fp32", "softcap": "fp32"}
             forward_types = rows | {"loss_ptr": "*fp32", "lse_ptr": "*fp32"} | scalars
-            stats_types = (
-                rows | dict.fromkeys(("highest_ptr", "total_ptr", "chosen_ptr"), "*fp32") | {"vocab_start": "i32"}
-            )
+            stats_types = rows | dict.fromkeys(("highest_ptr", "total_ptr", "chosen_ptr"), "*fp32")
+            stats_types |= {"vocab_start": "i32", "softcap": "fp32"}
             backward_types = rows | {"dloss_ptr": "*fp32", "lse_ptr": "*fp32", "grad_ptr": f"*{kind}"} | scalars
             backward_types |= {"vocab_start": "i32"}
             for name, kernel, signature, extra in (
                 ("forward", forward_kernel, forward_types, {"SOFTCAP": False}),
                 ("forward softcap", forward_kernel, forward_types, {"SOFTCAP": True}),
-                ("stats", stats_kernel, stats_types, {}),
+                ("stats", stats_kernel, stats_types, {"SOFTCAP": False}),
                 ("backward", backward_kernel, backward_types, {"SOFTCAP": False}),
                 ("backward softcap", backward_kernel, backward_types, {"SOFTCAP": True}),
             ):

@@ -4,6 +4,7 @@ T tokens, M width, V/tp this rank's rows of the output matrix."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from .mesh import SINGLE, Group
 IGNORE = -100
 
 
-def _log_sum_exp(
-    logits: torch.Tensor, targets: torch.Tensor, vocab_start: int, group: Group
+def _combined(
+    highest: torch.Tensor, sum_exp: torch.Tensor, target_logit: torch.Tensor, *, group: Group
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(T, V/tp) → log-sum-exp over the whole vocabulary (T,) and the target's logit (T,), equal on all ranks."""
-    highest, sum_exp, target_logit = K.ce_stats(logits, targets, vocab_start)
+    """Statistics of this rank's logits → log-sum-exp over the whole vocabulary (T,) and the target's logit (T,), equal on
+    all ranks."""
     if group.size > 1:
         local_highest = highest.clone()
         group.all_reduce(highest, dist.ReduceOp.MAX)
@@ -41,7 +42,7 @@ def vocab_parallel_cross_entropy(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, vocab_start: int, group: Group) -> torch.Tensor:
-        lse, target_logit = _log_sum_exp(logits, targets, vocab_start, group)
+        lse, target_logit = _combined(*K.ce_stats(logits, targets, vocab_start), group=group)
         ctx.save_for_backward(logits, targets, lse)
         ctx.vocab_start = vocab_start
         return (lse - target_logit).masked_fill(targets == IGNORE, 0)
@@ -60,51 +61,19 @@ def vocab_parallel_linear_cross_entropy(
     *,
     vocab_start: int = 0,
     group: Group = SINGLE,
-    chunk_tokens: int = 512,
+    chunk_tokens: int | None = None,
 ) -> torch.Tensor:
     """Sum of token losses, 0-dim, of logits = hidden (T, M) · weight (V/tp, M)ᵀ that never exist whole.
 
-    The gradients of hidden and weight are worked out in the forward pass, chunk by chunk while the logits are at hand
-    (three products instead of the four of recomputing), and scaled in the backward pass. `hidden` must be equal on all
-    ranks of `group` and pass through `copy_to_group` before: its gradient here is this rank's partial sum."""
-    settings = (vocab_start, group, chunk_tokens, torch.is_grad_enabled())
-    return _LinearCrossEntropy.apply(hidden, weight, targets, settings)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        settings: tuple[int, Group, int, bool],
-    ) -> torch.Tensor:
-        vocab_start, group, chunk_tokens, with_grad = settings
-        tokens = hidden.shape[0]
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if with_grad else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if with_grad else None
-        buffer = hidden.new_empty(min(chunk_tokens, tokens), weight.shape[0])
-        for start in range(0, tokens, chunk_tokens):
-            x, target = hidden[start : start + chunk_tokens], targets[start : start + chunk_tokens]
-            logits = torch.mm(x, weight.t(), out=buffer[: x.shape[0]])
-            lse, target_logit = _log_sum_exp(logits, target, vocab_start, group)
-            loss += (lse - target_logit).masked_fill(target == IGNORE, 0).sum(dtype=wide)
-            if d_hidden is not None and d_weight is not None:
-                K.ce_grad(logits, target, lse, 1.0, vocab_start, out=logits)
-                torch.mm(logits, weight, out=d_hidden[start : start + chunk_tokens])
-                if d_weight.dtype == logits.dtype:
-                    d_weight.addmm_(logits.t(), x)
-                else:  # 16-bit products are summed in fp32
-                    d_weight += logits.t() @ x
-        ctx.d_hidden, ctx.d_weight, ctx.dtype = d_hidden, d_weight, weight.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        d_hidden, d_weight = ctx.d_hidden.mul_(grad), ctx.d_weight.mul_(grad).to(ctx.dtype)
-        ctx.d_hidden = ctx.d_weight = None
-        return d_hidden, d_weight, None, None
+    `hidden` must be equal on all ranks of `group` and pass through `copy_to_group` before: its gradient here is this
+    rank's partial sum."""
+    combine = None if group.size == 1 else partial(_combined, group=group)
+    return K.linear_cross_entropy(
+        hidden,
+        weight,
+        targets,
+        reduction="sum",
+        vocab_start=vocab_start,
+        combine=combine,
+        chunk_tokens=chunk_tokens,
+    )

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import pytest
 import torch
 
 from opencoder.kernels import _dispatch
@@ -30,6 +32,14 @@ def implementations(operator: str) -> list[str]:
         if name not in EXTERNAL and runs_here and (not INTERPRETED or name == "triton"):
             names.append(name)
     return names
+
+
+def each(operator: str) -> Any:
+    """A parameter `impl` over `implementations(operator)`."""
+    return pytest.mark.parametrize("impl", implementations(operator))
+
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
