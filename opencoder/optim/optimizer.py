@@ -1,5 +1,5 @@
-"""The optimizer of a run: torch's fused AdamW or SGD over the parameters of this rank, with fp32 master weights for
-16-bit ones, the global gradient norm, clipping, and state that a checkpoint can name.
+"""The optimizer of a run: AdamW or SGD over the parameters of this rank, with fp32 master weights for 16-bit ones, the
+global gradient norm, clipping, and state that a checkpoint can name.
 
 Gradients of 16-bit parameters are folded into fp32 main gradients after each micro-batch (`fold_gradients`): a sum of
 many small bf16 numbers would lose its tail."""
@@ -10,7 +10,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.optim.sgd import sgd
 
+from opencoder import kernels as K
 from opencoder.config import OptimConfig
 from opencoder.parallel.gradients import global_grad_norm, reduce_gradients
 from opencoder.parallel.mesh import Mesh
@@ -18,6 +20,8 @@ from opencoder.parallel.placement import Placement, placement_of
 
 NO_DECAY_DIMS = 1
 """Parameters with at most this many dimensions (norms, biases) get no weight decay."""
+STATE_NAMES = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+"""State tensors of each parameter, by the name of the optimizer."""
 
 
 class Optimizer:
@@ -27,20 +31,16 @@ class Optimizer:
         self.config, self.mesh = config, mesh
         self.parameters = dict(parameters)
         self.placements = {key: placement_of(p) for key, p in self.parameters.items()}
-        self.masters: dict[str, nn.Parameter] = {}
+        self.masters: dict[str, torch.Tensor] = {}
         for key, p in self.parameters.items():
             wide = p.dtype in (torch.float32, torch.float64)
-            self.masters[key] = p if wide else nn.Parameter(p.detach().float())
-        self.inner = self._build()
-
-    def _build(self) -> torch.optim.Optimizer:
-        c = self.config
-        decay = [m for m in self.masters.values() if m.dim() > NO_DECAY_DIMS]
-        plain = [m for m in self.masters.values() if m.dim() <= NO_DECAY_DIMS]
-        groups = [{"params": decay, "weight_decay": c.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        if c.name == "adamw":
-            return torch.optim.AdamW(groups, lr=c.lr, betas=c.betas, eps=c.eps, fused=True)
-        return torch.optim.SGD(groups, lr=c.lr, momentum=c.momentum, fused=True)
+            self.masters[key] = p if wide else p.detach().float()
+        self.state = {
+            key: {name: torch.zeros_like(master) for name in STATE_NAMES[config.name]}
+            for key, master in self.masters.items()
+        }
+        self.steps = 0
+        """Updates the state has seen: AdamW's bias correction."""
 
     def fold_gradients(self) -> None:
         """Add the 16-bit gradients of the last backward to the fp32 main gradients (no-op for wide parameters)."""
@@ -72,43 +72,68 @@ class Optimizer:
         clip = 1.0
         if self.config.clip_norm is not None:
             clip = min(1.0, self.config.clip_norm / (float(grad_norm) + 1e-6))
-        if clip < 1.0:
-            torch._foreach_mul_([g for g, _ in self.gradients()], clip)
-        for group in self.inner.param_groups:
-            group["lr"] = lr
-        self.inner.step()
-        self.inner.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for key, p in self.parameters.items():
-                if self.masters[key] is not p:
-                    p.copy_(self.masters[key])
+        self.steps += 1
+        decay = [key for key, m in self.masters.items() if m.dim() > NO_DECAY_DIMS]
+        plain = [key for key, m in self.masters.items() if m.dim() <= NO_DECAY_DIMS]
+        for keys, weight_decay in ((decay, self.config.weight_decay), (plain, 0.0)):
+            if keys:
+                (self._adamw if self.config.name == "adamw" else self._sgd)(keys, lr, weight_decay, clip)
+        for master in self.masters.values():
+            master.grad = None
         return clip
 
-    def state_tensors(self) -> dict[str, tuple[torch.Tensor, Placement]]:
-        """What a checkpoint must hold beside the weights: `optim.<name>.<key>` → (local tensor, placement).
+    def _adamw(self, keys: list[str], lr: float, weight_decay: float, clip: float) -> None:
+        """The clip factor is applied on the way, so that gradients are read once and not written."""
+        masters = [self.masters[key] for key in keys]
+        params = [self.parameters[key] for key in keys]
+        narrow = any(p is not m for p, m in zip(params, masters, strict=True))
+        first, second = ([self.state[key][name] for key in keys] for name in STATE_NAMES["adamw"])
+        c = self.config
+        K.adamw_step(
+            params,
+            self._grads(masters),
+            first,
+            second,
+            masters if narrow else None,
+            step=self.steps,
+            lr=lr,
+            betas=c.betas,
+            eps=c.eps,
+            weight_decay=weight_decay,
+            clip_coef=clip if clip < 1.0 else None,
+        )
 
-        Creates the state if no step has been taken, so that a resumed run has somewhere to load it to."""
+    @torch.no_grad()
+    def _sgd(self, keys: list[str], lr: float, weight_decay: float, clip: float) -> None:
+        masters = [self.masters[key] for key in keys]
+        grads = self._grads(masters)
+        if clip < 1.0:
+            torch._foreach_mul_(grads, clip)
+        buffers: list[torch.Tensor | None] = [self.state[key]["momentum_buffer"] for key in keys]
+        momentum = self.config.momentum
+        sgd(
+            masters, grads, buffers, foreach=True, weight_decay=weight_decay, momentum=momentum, lr=lr, dampening=0.0,
+            nesterov=False, maximize=False,
+        )  # fmt: skip
+        for key in keys:
+            if self.masters[key] is not self.parameters[key]:
+                self.parameters[key].copy_(self.masters[key])
+
+    @staticmethod
+    def _grads(masters: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [m.grad for m in masters if m.grad is not None]
+
+    def state_tensors(self) -> dict[str, tuple[torch.Tensor, Placement]]:
+        """What a checkpoint must hold beside the weights: `optim.<name>.<key>` → (local tensor, placement)."""
         tensors = {}
         for key, master in self.masters.items():
             placement = self.placements[key]
-            for name, tensor in self._state_of(master).items():
+            for name, tensor in self.state[key].items():
                 tensors[f"optim.{name}.{key}"] = (tensor, placement)
             if master is not self.parameters[key]:
                 tensors[f"optim.master.{key}"] = (master.detach(), placement)
         return tensors
 
-    def _state_of(self, master: nn.Parameter) -> dict[str, torch.Tensor]:
-        names = ("exp_avg", "exp_avg_sq") if self.config.name == "adamw" else ("momentum_buffer",)
-        state = self.inner.state[master]
-        if "step" not in state and self.config.name == "adamw":
-            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-        for name in names:
-            if state.get(name) is None:
-                state[name] = torch.zeros_like(master)
-        return {name: state[name] for name in names}
-
     def set_step_count(self, step: int) -> None:
         """Tell the optimizer how many updates its state has seen (AdamW's bias correction), after loading it."""
-        for master in self.masters.values():
-            if self.config.name == "adamw":
-                self.inner.state[master]["step"] = torch.tensor(float(step), device=master.device)
+        self.steps = step

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from opencoder import kernels as K
+
 from .mesh import AXES, Mesh
 from .placement import Placement
 
@@ -45,20 +47,20 @@ def _buckets(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 
 def global_grad_norm(gradients: Sequence[tuple[torch.Tensor, Placement]], mesh: Mesh) -> torch.Tensor:
-    """2-norm of the whole gradient, 0-dim fp64 on CPU or fp32 on CUDA, the same on every rank.
+    """2-norm of the whole gradient, 0-dim fp64, the same on every rank.
 
     Call it after `reduce_gradients`. Shards are summed over their axis; what is replicated is counted once."""
     device = gradients[0][0].device
-    # mps-like devices aside, fp64 scalars are cheap everywhere; the tensors themselves are read once in their own type.
-    squares = {axis: torch.zeros((), dtype=torch.float64, device=device) for axis in (None, *AXES)}
-    norms = torch._foreach_norm([g for g, _ in gradients], 2, dtype=_wide(gradients[0][0].dtype))
-    for norm, (_, placement) in zip(norms, gradients, strict=True):
-        squares[placement.axis] += norm.double() ** 2
+    by_axis: dict[str | None, list[torch.Tensor]] = defaultdict(list)
+    for gradient, placement in gradients:
+        by_axis[placement.axis].append(gradient)
+    squares = {
+        axis: K.grad_norm(by_axis[axis]).double() ** 2
+        if axis in by_axis
+        else torch.zeros((), dtype=torch.float64, device=device)
+        for axis in (None, *AXES)
+    }
     total = squares[None]
     for axis in AXES:
         total = total + mesh.axis(axis).all_reduce(squares[axis])
     return total.sqrt()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
