@@ -13,25 +13,39 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import torch
+
 log = logging.getLogger("opencoder")
 
 ENVIRONMENT = "OPENCODER_KERNELS"
 
-# What `auto` tries, best first, by operator and device type. `reference` is the definition and always the last.
-# The adapters (flash_attn, apex, liger) stand where the published numbers put them; each is skipped unless installed.
-ORDER: dict[str, dict[str, tuple[str, ...]]] = {
-    "rms_norm": {"cpu": ("cpp", "reference"), "cuda": ("triton", "apex", "reference")},
-    "rotary": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
-    "swiglu": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
-    # Dense: torch's SDPA (cuDNN on Hopper, flash elsewhere). Documents, windows, softcap: what it cannot serve.
-    "attention": {"cpu": ("cpp", "torch", "reference"), "cuda": ("torch", "flash_attn", "triton", "reference")},
-    "attention_backward": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
-    "cross_entropy": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
-    "ce_stats": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
-    "ce_grad": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
-    "linear_cross_entropy": {"cpu": ("cpp", "torch", "reference"), "cuda": ("triton", "torch", "reference")},
-    "adamw_step": {"cpu": ("cpp", "torch", "reference"), "cuda": ("triton", "torch", "reference")},
-    "grad_norm": {"cpu": ("cpp", "torch", "reference"), "cuda": ("triton", "torch", "reference")},
+# What `auto` tries, best first. Keys: a device type; one with an architecture ("cuda sm_80"); one with a kind of call
+# ("cuda packed"). The kind counts before the architecture, the plain device last. `reference` is the definition and always
+# the last. The adapters (flash_attn, apex) stand where published numbers put them; each is skipped
+# unless installed. Liger is run by name only.
+Order = dict[str, tuple[str, ...]]
+_ROWS: Order = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
+_LISTS: Order = {"cpu": ("cpp", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
+ORDER: dict[str, Order] = {
+    "rms_norm": _ROWS | {"cuda": ("triton", "apex", "reference")},
+    "rotary": _ROWS,
+    "swiglu": _ROWS,
+    "attention": {
+        "cpu": ("cpp", "torch", "reference"),
+        # SDPA is cuDNN's kernel on Hopper; on Ampere it is an older FlashAttention than the package's. What SDPA has not
+        # (window, softcap, log-sum-exp) goes on to the next.
+        "cuda": ("torch", "flash_attn", "triton", "reference"),
+        "cuda sm_80": ("flash_attn", "torch", "triton", "reference"),
+        # SDPA for documents is a loop over them that waits for the GPU.
+        "cuda packed": ("flash_attn", "triton", "torch", "reference"),
+    },
+    "attention_backward": _ROWS,
+    "cross_entropy": _ROWS,
+    "ce_stats": _ROWS,
+    "ce_grad": _ROWS,
+    "linear_cross_entropy": _LISTS,
+    "adamw_step": _LISTS,
+    "grad_norm": _LISTS,
 }
 
 
@@ -50,6 +64,8 @@ class Implementation(NamedTuple):
     """Why no call at all can be served in this installation."""
 
 
+_KINDS: dict[str, Callable[..., str]] = {}
+"""Operators whose calls are of several kinds: the kind of a call, "" for the plain one."""
 _REGISTRY: dict[str, dict[str, Implementation]] = {operator: {} for operator in ORDER}
 _CHOICE: ContextVar[dict[str, str] | None] = ContextVar("opencoder_kernels", default=None)
 _WARNED: set[str] = set()
@@ -69,6 +85,31 @@ def register(
         return run
 
     return add
+
+
+def kinds(operator: str) -> Callable[..., Any]:
+    """Decorator: the function tells an operator's call's kind, by which the order list is chosen."""
+
+    def add(kind: Callable[..., str]) -> Callable[..., str]:
+        _KINDS[operator] = kind
+        return kind
+
+    return add
+
+
+def order_of(operator: str, device: torch.device, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+    """The implementations `auto` tries for this call, best first."""
+    orders, name = ORDER[operator], device.type
+    kind = _KINDS[operator](*args, **kwargs) if operator in _KINDS else ""
+    special = kind or (_architecture(device) if name == "cuda" else "")
+    return next((orders[key] for key in (f"{name} {special}", name) if key in orders), ("reference",))
+
+
+def _architecture(device: torch.device) -> str:
+    """sm_90; nothing while torch.compile traces, which may not ask the driver: the general list then counts."""
+    if torch.compiler.is_compiling():
+        return ""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def _checked(choice: dict[str, str], origin: str) -> dict[str, str]:
@@ -118,7 +159,7 @@ def _from_environment() -> dict[str, str]:
     return _checked(choice, f"{ENVIRONMENT}={text}")
 
 
-def choose(operator: str, impl: str, device_type: str, *args: Any, **kwargs: Any) -> Implementation:
+def choose(operator: str, impl: str, device: torch.device, *args: Any, **kwargs: Any) -> Implementation:
     """The implementation for this call: `impl` if it is a name, else the context's, the environment's, `auto`'s."""
     implementations = _REGISTRY[operator]
     if impl == "auto":
@@ -130,10 +171,10 @@ def choose(operator: str, impl: str, device_type: str, *args: Any, **kwargs: Any
             return implementations[impl]
         able = [i.name for i in implementations.values() if i.supports(*args, **kwargs) is None]
         raise UnsupportedKernel(f"{operator}[{impl}]: {reason}; implementations that can: {', '.join(able)}")
-    for name in ORDER[operator].get(device_type, ("reference",)):
+    for name in order_of(operator, device, *args, **kwargs):
         found = implementations.get(name)
         if found is not None and found.supports(*args, **kwargs) is None:
-            if name == "reference" and device_type == "cuda" and ORDER[operator]["cuda"][0] != "reference":
+            if name == "reference" and device.type == "cuda":
                 _warn_once(operator)
             return found
     return implementations["reference"]
@@ -152,11 +193,11 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> str:
     impl = kwargs.pop("impl", "auto")
     _checked({operator: impl}, "explain")
     tensors = (a[0] if isinstance(a, (list, tuple)) and a else a for a in (*args, *kwargs.values()))
-    device_type = next((t.device.type for t in tensors if hasattr(t, "device")), "cpu")
+    device = next((t.device for t in tensors if hasattr(t, "device")), torch.device("cpu"))
     named = impl if impl != "auto" else _from_context().get(operator) or _from_environment().get(operator, "auto")
-    order = ORDER[operator].get(device_type, ("reference",))
+    order = order_of(operator, device, *args, **kwargs)
     lines = [
-        f"{operator} on {device_type}: {'named: ' + named if named != 'auto' else 'auto, order ' + ', '.join(order)}"
+        f"{operator} on {device.type}: {'named: ' + named if named != 'auto' else 'auto, order ' + ', '.join(order)}"
     ]
     runs = None
     for name in [*order, *(n for n in _REGISTRY[operator] if n not in order)]:
@@ -170,13 +211,13 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> str:
 
 
 def chosen(device_type: str = "cpu") -> str:
-    """One line for the start of a run: what each operator would use first."""
+    """One line for the start of a run: what each operator would use first, for its plainest call."""
     context, environment = _from_context(), _from_environment()
     parts = []
-    for operator, devices in ORDER.items():
+    for operator, orders in ORDER.items():
         name = context.get(operator) or environment.get(operator, "auto")
         if name == "auto":
-            found = (_REGISTRY[operator].get(n) for n in devices.get(device_type, ("reference",)))
+            found = (_REGISTRY[operator].get(n) for n in orders.get(device_type, ("reference",)))
             name = next((i.name for i in found if i is not None and i.missing is None), "reference")
         parts.append(f"{operator}={name}")
     return f"kernels on {device_type}: " + " ".join(parts)

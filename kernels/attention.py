@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from . import _checks
-from ._dispatch import choose, register
+from ._dispatch import choose, kinds, register
 from ._library import TRITON_MISSING, Ops, define, like, register_both, statistics_type, triton_supports
+from .adapters import flash_attn
 from .reference.attention import Window, attention_backward_dense, attention_dense
 
 _triton: Any = None
@@ -79,7 +80,7 @@ def attention(
     case = _resolve(
         "attention", q, k, v, causal, cu_seqlens, cu_seqlens_k, max_seqlen, window, softcap, scale, return_lse
     )
-    return choose("attention", impl, q.device.type, q, k, v, case=case).run(q, k, v, case=case)
+    return choose("attention", impl, q.device, q, k, v, case=case).run(q, k, v, case=case)
 
 
 def attention_backward(
@@ -109,7 +110,7 @@ def attention_backward(
         if t.shape != shape:
             raise ValueError(f"attention_backward: {name} must be {tuple(shape)}, got {tuple(t.shape)}")
     with torch.no_grad():
-        chosen = choose("attention_backward", impl, q.device.type, dout, q, k, v, out, lse, case=case)
+        chosen = choose("attention_backward", impl, q.device, dout, q, k, v, out, lse, case=case)
         grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = chosen.run(dout, q, k, v, out, lse, case=case)
     return grads
 
@@ -189,6 +190,12 @@ def _case_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: _Case | No
     return _resolve("attention", q, k, v, **{**defaults, **{n: options[n] for n in defaults if n in options}})
 
 
+@kinds("attention")
+def _kind(*tensors: torch.Tensor, case: _Case | None = None, **options: Any) -> str:
+    packed = options.get("cu_seqlens") is not None if case is None else case.bounds_q is not None
+    return "packed" if packed else ""
+
+
 def _documents(case: _Case) -> list[tuple[slice, slice]]:
     """(query rows, key rows) of each document. Reads the bounds: on a GPU this waits for them."""
     assert case.bounds_q is not None
@@ -251,6 +258,22 @@ def _run_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, case: _Case
         return out.transpose(1, 2), None
 
     return one(q, k, v, case)[0] if case.bounds_q is None else _packed(q, k, v, case, one)
+
+
+# ---- other packages ----
+
+
+def _flash_attn_supports(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, case: _Case | None = None, **kw: Any
+) -> str | None:
+    return flash_attn.unsupported(q, k, v, return_lse=_case_of(q, k, v, case, kw).return_lse)
+
+
+@register("attention", "flash_attn", _flash_attn_supports, missing=flash_attn.FOUND.missing)
+def _run_flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, case: _Case) -> Any:
+    longest = 0 if case.bounds_q is None else case.longest()
+    bounds = case.bounds_q, case.bounds_k, longest
+    return flash_attn.attention(q, k, v, *bounds, return_lse=case.return_lse, **case.dense)
 
 
 # ---- C++ and Triton ----

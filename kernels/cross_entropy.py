@@ -44,7 +44,7 @@ def cross_entropy(
         "softcap": softcap,
         "reduction": reduction,
     }
-    chosen = choose("cross_entropy", impl, logits.device.type, logits, targets, **options)
+    chosen = choose("cross_entropy", impl, logits.device, logits, targets, **options)
     loss: torch.Tensor = chosen.run(logits, targets, **options)
     return loss
 
@@ -66,7 +66,7 @@ def ce_stats(
     _checks.targets("ce_stats", logits, targets)
     _checks.positive_cap("ce_stats", softcap)
     with torch.no_grad():
-        chosen = choose("ce_stats", impl, logits.device.type, logits, targets, vocab_start, softcap=softcap)
+        chosen = choose("ce_stats", impl, logits.device, logits, targets, vocab_start, softcap=softcap)
         stats: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = chosen.run(
             logits, targets, vocab_start, softcap=softcap
         )
@@ -108,9 +108,7 @@ def ce_grad(
         )
         arguments = (logits, targets, lse, each, vocab_start)
         options: dict[str, Any] = {"z_loss": z_loss, "softcap": softcap, "out": out}
-        grad: torch.Tensor = choose("ce_grad", impl, logits.device.type, *arguments, **options).run(
-            *arguments, **options
-        )
+        grad: torch.Tensor = choose("ce_grad", impl, logits.device, *arguments, **options).run(*arguments, **options)
     return grad
 
 

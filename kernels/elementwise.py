@@ -45,7 +45,7 @@ def rotary(
         raise ValueError("rotary: inplace=True where a gradient is wanted; call it under torch.no_grad(), or without")
     if inplace and not (q.is_contiguous() and k.is_contiguous()):
         raise ValueError("rotary: inplace=True needs contiguous q and k")
-    chosen = choose("rotary", impl, q.device.type, q, k, cos, sin, inplace=inplace)
+    chosen = choose("rotary", impl, q.device, q, k, cos, sin, inplace=inplace)
     turned: tuple[torch.Tensor, torch.Tensor] = chosen.run(q, k, cos, sin, inplace=inplace)
     return turned
 
@@ -56,7 +56,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, impl: str = "auto") -> torch
     _checks.same_dtype("swiglu", gate=gate, up=up)
     if gate.shape != up.shape:
         raise ValueError(f"swiglu: gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
-    out: torch.Tensor = choose("swiglu", impl, gate.device.type, gate, up).run(gate, up)
+    out: torch.Tensor = choose("swiglu", impl, gate.device, gate, up).run(gate, up)
     return out
 
 

@@ -70,7 +70,7 @@ def linear_cross_entropy(
     chunk = chunk_tokens or max(1, CHUNK_BYTES // max(1, weight.shape[0] * weight.element_size()))
     options: dict[str, Any] = {"reduction": reduction, "combine": combine}
     options["settings"] = _Settings(chunk, z_loss, label_smoothing, softcap, vocab_start)
-    chosen = choose("linear_cross_entropy", impl, x.device.type, x, weight, targets, **options)
+    chosen = choose("linear_cross_entropy", impl, x.device, x, weight, targets, **options)
     loss: torch.Tensor = chosen.run(x, weight, targets, **options)
     return loss
 

@@ -59,7 +59,7 @@ def adamw_step(
         "weight_decay": weight_decay,
         "clip_coef": clip_coef,
     }
-    choose("adamw_step", impl, params[0].device.type, *arguments, **options).run(*arguments, **options)
+    choose("adamw_step", impl, params[0].device, *arguments, **options).run(*arguments, **options)
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def grad_norm(tensors: Tensors, *, impl: str = "auto") -> torch.Tensor:
     if not tensors:
         raise ValueError("grad_norm: an empty list; the norm of no tensor has no device")
     _checks.floating("grad_norm", **{f"tensors[{i}]": t for i, t in enumerate(tensors)})
-    norm: torch.Tensor = choose("grad_norm", impl, tensors[0].device.type, tensors).run(tensors)
+    norm: torch.Tensor = choose("grad_norm", impl, tensors[0].device, tensors).run(tensors)
     return norm
 
 

@@ -9,6 +9,7 @@ import torch
 from . import _checks
 from ._dispatch import choose, register
 from ._library import TRITON_MISSING, Ops, define, like, register_both, statistics_type
+from .adapters import apex, liger
 from .reference.norm import rms_norm as _reference
 
 _triton: Any = None
@@ -37,7 +38,7 @@ def rms_norm(
             f"rms_norm: residual must be {x.dtype} {tuple(x.shape)} like x, "
             f"got {residual.dtype} {tuple(residual.shape)}"
         )
-    chosen = choose("rms_norm", impl, x.device.type, x, weight, eps=eps, residual=residual)
+    chosen = choose("rms_norm", impl, x.device, x, weight, eps=eps, residual=residual)
     return chosen.run(x, weight, eps=eps, residual=residual)
 
 
@@ -52,6 +53,29 @@ def _registered(
 
 register("rms_norm", "reference")(_reference)
 register_both("rms_norm", _registered)
+
+
+# ---- other packages ----
+
+
+def _apex_supports(
+    x: torch.Tensor, weight: torch.Tensor, *, residual: torch.Tensor | None = None, **options: Any
+) -> str | None:
+    return apex.unsupported(x, weight, residual)
+
+
+@register("rms_norm", "apex", _apex_supports, missing=apex.FOUND.missing)
+def _apex(x: torch.Tensor, weight: torch.Tensor, *, eps: float, residual: None = None) -> Any:
+    return apex.rms_norm(x, weight, eps)
+
+
+def _liger_supports(x: torch.Tensor, weight: torch.Tensor, **options: Any) -> str | None:
+    return liger.unsupported(x)
+
+
+@register("rms_norm", "liger", _liger_supports, missing=liger.FOUND.missing)
+def _liger(x: torch.Tensor, weight: torch.Tensor, *, eps: float, residual: torch.Tensor | None = None) -> Any:
+    return liger.rms_norm(x, weight, eps, residual)
 
 
 # ---- the operators ----

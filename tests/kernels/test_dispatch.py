@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from opencoder import kernels as K
+from opencoder.kernels import _dispatch
 from opencoder.kernels._library import CPP_MISSING
 
 pytestmark = pytest.mark.fast
@@ -126,3 +127,34 @@ def test_chosen_leaves_out_what_is_not_installed() -> None:
     env.pop("OPENCODER_KERNELS", None)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert " rms_norm=reference " in done.stdout
+
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "first"),
+    [
+        ("sm_90", {}, ("torch", "flash_attn", "triton")),
+        ("sm_80", {}, ("flash_attn", "torch", "triton")),
+        ("sm_90", {"cu_seqlens": torch.tensor([0, 4])}, ("flash_attn", "triton", "torch")),
+        ("sm_80", {"cu_seqlens": torch.tensor([0, 4])}, ("flash_attn", "triton", "torch")),
+    ],
+)
+def test_the_order_depends_on_architecture_and_kind_of_call(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, options: dict[str, torch.Tensor], first: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(_dispatch, "_architecture", lambda device: architecture)
+    assert _dispatch.order_of("attention", CUDA, Q, Q, Q, **options)[:3] == first
+
+
+def test_every_order_ends_with_the_reference_and_names_what_is_registered() -> None:
+    for operator, orders in _dispatch.ORDER.items():
+        assert {"cpu", "cuda"} <= set(orders)
+        for names in orders.values():
+            assert names[-1] == "reference"
+            assert set(names) <= set(_dispatch._REGISTRY[operator])
+
+
+def test_a_device_without_a_list_runs_the_reference() -> None:
+    assert _dispatch.order_of("swiglu", torch.device("meta"), X, X) == ("reference",)
