@@ -60,7 +60,7 @@ class Implementation(NamedTuple):
     run: Callable[..., Any]
     supports: Callable[..., str | None]
     """Given the call's arguments: None, or the reason why not."""
-    missing: str | None = None
+    missing: Callable[[], str | None] | None = None
     """Why no call at all can be served in this installation."""
 
 
@@ -76,7 +76,11 @@ def _anything(*args: Any, **kwargs: Any) -> str | None:
 
 
 def register(
-    operator: str, name: str, supports: Callable[..., str | None] = _anything, *, missing: str | None = None
+    operator: str,
+    name: str,
+    supports: Callable[..., str | None] = _anything,
+    *,
+    missing: Callable[[], str | None] | None = None,
 ) -> Callable[..., Any]:
     """Decorator: the function becomes implementation `name` of `operator`; `missing`: why it is not installed."""
 
@@ -218,6 +222,7 @@ def chosen(device_type: str = "cpu") -> str:
         name = context.get(operator) or environment.get(operator, "auto")
         if name == "auto":
             found = (_REGISTRY[operator].get(n) for n in orders.get(device_type, ("reference",)))
-            name = next((i.name for i in found if i is not None and i.missing is None), "reference")
+            installed = (i for i in found if i is not None and (i.missing is None or i.missing() is None))
+            name = next((i.name for i in installed), "reference")
         parts.append(f"{operator}={name}")
     return f"kernels on {device_type}: " + " ".join(parts)

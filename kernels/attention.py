@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 from . import _checks
 from ._dispatch import choose, kinds, register
-from ._library import TRITON_MISSING, Ops, define, like, register_both, statistics_type, triton_supports
+from ._library import Ops, TritonModule, call, define, like, register_both, statistics_type, triton_supports
 from .adapters import flash_attn
 from .reference.attention import Window, attention_backward_dense, attention_dense
 
-_triton: Any = None
-if TRITON_MISSING is None:
-    from .triton_kernels import attention as _triton
+_triton = TritonModule("attention")
+TRITON_HEAD_DIMS = 16, 256
+"""What the Triton kernels take, in steps of 8."""
 
 
 class _Case(NamedTuple):
@@ -269,7 +269,7 @@ def _flash_attn_supports(
     return flash_attn.unsupported(q, k, v, return_lse=_case_of(q, k, v, case, kw).return_lse)
 
 
-@register("attention", "flash_attn", _flash_attn_supports, missing=flash_attn.FOUND.missing)
+@register("attention", "flash_attn", _flash_attn_supports, missing=flash_attn.PACKAGE.missing)
 def _run_flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, case: _Case) -> Any:
     longest = 0 if case.bounds_q is None else case.longest()
     bounds = case.bounds_q, case.bounds_k, longest
@@ -280,7 +280,7 @@ def _run_flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, case: 
 
 
 def _registered(ops: Ops, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, case: _Case) -> Any:
-    out, lse = ops.attention_fwd(q, k, v, *case.plain)
+    out, lse = call(ops, "attention_fwd", q, k, v, *case.plain)
     return (out, lse) if case.return_lse else out
 
 
@@ -290,10 +290,9 @@ def _registered_backward(ops: Ops, *tensors: torch.Tensor, case: _Case) -> Any:
 
 def _triton_head_fits(first: torch.Tensor, *rest: Any, **options: Any) -> str | None:
     reason = triton_supports(first)
-    if reason is None and not 16 <= first.shape[-1] <= _triton.MAX_HEAD_DIM:
-        reason = f"head_dim={first.shape[-1]}; the kernel takes 16 to {_triton.MAX_HEAD_DIM}"
-    elif reason is None and first.shape[-1] % 8:
-        reason = f"head_dim={first.shape[-1]} is not a multiple of 8"
+    least, most = TRITON_HEAD_DIMS
+    if reason is None and (not least <= first.shape[-1] <= most or first.shape[-1] % 8):
+        reason = f"head_dim={first.shape[-1]}; the kernel takes multiples of 8 from {least} to {most}"
     return reason
 
 
@@ -320,7 +319,7 @@ def _backward(ops: Ops, ctx: Any, dout: torch.Tensor, dlse: torch.Tensor | None)
 define(
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     fake=lambda q, k, v, bounds, *rest: (like(q), _lse_like(q, bounds is not None)),
-    triton=_triton and _triton.forward,
+    triton=_triton.forward,
     setup=_save,
     backward=_backward,
 )
@@ -328,6 +327,6 @@ define(
     "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     fake=lambda dout, q, k, v, *rest: (like(q), like(k), like(v)),
-    triton=_triton and _triton.backward,
+    triton=_triton.backward,
     refuse_backward=True,
 )

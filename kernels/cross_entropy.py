@@ -8,12 +8,10 @@ import torch
 
 from . import _checks
 from ._dispatch import choose, register
-from ._library import TRITON_MISSING, Ops, define, like, register_both, statistics_type
+from ._library import Ops, TritonModule, call, define, like, register_both, scaled, statistics_type
 from .reference import cross_entropy as _reference
 
-_triton: Any = None
-if TRITON_MISSING is None:
-    from .triton_kernels import cross_entropy as _triton
+_triton = TritonModule("cross_entropy")
 
 IGNORE = _reference.IGNORE
 
@@ -123,7 +121,16 @@ def _cross_entropy(
     softcap: float | None,
     reduction: str,
 ) -> torch.Tensor:
-    loss: torch.Tensor = ops.ce_forward(logits, targets, ignore_index, z_loss, label_smoothing, softcap)[0]
+    options = (ignore_index, z_loss, label_smoothing, softcap)
+    if reduction != "none" and logits.device.type == "cpu" and torch.is_grad_enabled() and logits.requires_grad:
+        # The upstream gradient is one number: the gradient is made while each row is in cache and multiplied afterwards.
+        # On a GPU a row is not in cache the second time, and keeping the gradient until backward would cost memory only.
+        scale = torch.ones((), dtype=statistics_type(logits))
+        if reduction == "mean":
+            scale = scale / (targets != ignore_index).sum()
+        total: torch.Tensor = call(ops, "ce_with_gradient", logits, targets, scale, *options)[0]
+        return total
+    loss: torch.Tensor = call(ops, "ce_forward", logits, targets, *options)[0]
     return _reference.reduced(loss, targets != ignore_index, reduction)
 
 
@@ -174,6 +181,7 @@ def _statistics(logits: torch.Tensor, number: int) -> Any:
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     logits, targets, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(logits, targets, output[1])
 
 
@@ -183,24 +191,59 @@ def _backward(ops: Ops, ctx: Any, dloss: torch.Tensor, dlse: Any) -> Any:
     return ops.ce_backward(dloss, logits, targets, lse, 0, ignore_index, *rest), None, None, None, None, None
 
 
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or zeros of the logits' size would be made up for the gradient's gradient
+    ctx.save_for_backward(inputs[0], output[1])
+
+
+def _scale_kept(ops: Ops, ctx: Any, dtotal: torch.Tensor, dgrad: Any) -> Any:
+    logits, grad = ctx.saved_tensors
+    return scaled(grad, dtotal, logits), *(None,) * 6
+
+
+def _triton_with_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor, *options: Any, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    loss, lse = _triton.ce_forward(logits, targets, *options)
+    return loss, _triton.ce_backward(scale.expand(loss.shape), logits, targets, lse, 0, *options, out=out)
+
+
+def _triton_total_with_gradient(logits: Any, targets: Any, scale: Any, *options: Any) -> Any:
+    loss, grad = _triton_with_gradient(logits, targets, scale, *options)
+    return loss.sum() * scale.to(loss.dtype), grad
+
+
 _OPTIONS = "int ignore_index, float z_loss, float label_smoothing, float? softcap"
 _FROM = f"Tensor targets, Tensor lse, int vocab_start, {_OPTIONS}"
 define(
     f"ce_forward(Tensor logits, Tensor targets, {_OPTIONS}) -> (Tensor loss, Tensor lse)",
     fake=lambda logits, *rest: _statistics(logits, 2),
-    triton=_triton and _triton.ce_forward,
+    triton=_triton.ce_forward,
     setup=_save,
     backward=_backward,
 )
 define(
     "ce_stats(Tensor logits, Tensor targets, int vocab_start, float? softcap) -> (Tensor, Tensor, Tensor)",
     fake=lambda logits, *rest: _statistics(logits, 3),
-    triton=_triton and _triton.ce_stats,
+    triton=_triton.ce_stats,
+)
+define(
+    f"ce_with_gradient(Tensor logits, Tensor targets, Tensor scale, {_OPTIONS}) -> (Tensor total, Tensor grad)",
+    fake=lambda logits, *rest: (logits.new_empty((), dtype=statistics_type(logits)), like(logits)),
+    triton=_triton_total_with_gradient,
+    setup=_keep,
+    backward=_scale_kept,
+)
+define(
+    f"ce_with_gradient_(Tensor(a!) logits, Tensor targets, Tensor scale, {_OPTIONS}) -> Tensor loss",
+    fake=lambda logits, *rest: _statistics(logits, 1)[0],
+    triton=(lambda logits, *rest: _triton_with_gradient(logits, *rest, out=logits)[0]),
 )
 define(
     f"ce_backward(Tensor dloss, Tensor logits, {_FROM}) -> Tensor",
     fake=lambda dloss, logits, *rest: like(logits),
-    triton=_triton and (lambda dloss, logits, *rest: _triton.ce_backward(dloss, logits, *rest, out=None)),
+    triton=(lambda dloss, logits, *rest: _triton.ce_backward(dloss, logits, *rest, out=None)),
     refuse_backward=True,
 )
 
@@ -216,10 +259,10 @@ def _into(dloss: torch.Tensor, logits: torch.Tensor, *rest: Any) -> None:
 define(
     f"ce_backward_(Tensor dloss, Tensor(a!) logits, {_FROM}) -> ()",
     fake=lambda *arguments: None,
-    triton=_triton and _in_place,
+    triton=_in_place,
 )
 define(
     f"ce_backward_out(Tensor dloss, Tensor logits, {_FROM}, Tensor(a!) out) -> ()",
     fake=lambda *arguments: None,
-    triton=_triton and _into,
+    triton=_into,
 )

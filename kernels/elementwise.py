@@ -8,12 +8,10 @@ import torch
 
 from . import _checks
 from ._dispatch import choose, register
-from ._library import TRITON_MISSING, Ops, define, like, register_both
+from ._library import Ops, TritonModule, call, define, like, register_both
 from .reference import elementwise as _reference
 
-_triton: Any = None
-if TRITON_MISSING is None:
-    from .triton_kernels import elementwise as _triton
+_triton = TritonModule("elementwise")
 
 
 def rotary(
@@ -67,12 +65,12 @@ def _rotary(
     if inplace:
         ops.rotary_(q, k, cos, sin, False)
         return q, k
-    turned: tuple[torch.Tensor, torch.Tensor] = ops.rotary(q, k, cos, sin, False)
+    turned: tuple[torch.Tensor, torch.Tensor] = call(ops, "rotary", q, k, cos, sin, False)
     return turned
 
 
 def _swiglu(ops: Ops, gate: torch.Tensor, up: torch.Tensor) -> Any:
-    return ops.swiglu_fwd(gate, up)
+    return call(ops, "swiglu_fwd", gate, up)
 
 
 register("rotary", "reference")(_reference.rotary)
@@ -105,25 +103,25 @@ def _swiglu_backward(ops: Ops, ctx: Any, dout: torch.Tensor) -> Any:
 define(
     "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)",
     fake=lambda q, k, cos, sin, inverse: (like(q), like(k)),
-    triton=_triton and _triton.rotary,
+    triton=_triton.rotary,
     setup=_save_angles,
     backward=_rotary_backward,
 )
 define(
     "rotary_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, bool inverse) -> ()",
     fake=lambda q, k, cos, sin, inverse: None,
-    triton=_triton and _triton.rotary_,
+    triton=_triton.rotary_,
 )
 define(
     "swiglu_fwd(Tensor gate, Tensor up) -> Tensor",
     fake=lambda gate, up: like(gate),
-    triton=_triton and _triton.swiglu_fwd,
+    triton=_triton.swiglu_fwd,
     setup=_save_inputs,
     backward=_swiglu_backward,
 )
 define(
     "swiglu_bwd(Tensor dout, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)",
     fake=lambda dout, gate, up: (like(gate), like(up)),
-    triton=_triton and _triton.swiglu_bwd,
+    triton=_triton.swiglu_bwd,
     refuse_backward=True,
 )

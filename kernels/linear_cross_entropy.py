@@ -16,7 +16,17 @@ from torch.autograd.function import once_differentiable
 
 from . import _checks
 from ._dispatch import choose, register
-from ._library import CPP_MISSING, TRITON_MISSING, cpp_supports, define, ops_of, statistics_type, triton_supports
+from ._library import (
+    CPP_MISSING,
+    TRITON_MISSING,
+    call,
+    cpp_supports,
+    define,
+    ops_of,
+    scaled,
+    statistics_type,
+    triton_supports,
+)
 from .cross_entropy import IGNORE, ce_grad, ce_stats
 from .reference import cross_entropy as _reference
 
@@ -122,15 +132,15 @@ def _chunked(
     ops = ops_of(x) if halves == "triton" else torch.ops.opencoder
     needed = torch.is_grad_enabled() and x.requires_grad, torch.is_grad_enabled() and weight.requires_grad
     if reduction == "none" or not any(needed):
-        loss = ops.linear_ce(x, weight, targets, halves, *settings[:4])[0]
+        loss = call(ops, "linear_ce", x, weight, targets, halves, *settings[:4])[0]
     else:
-        loss = ops.linear_ce_with_gradients(x, weight, targets, halves, *settings[:4], *needed)[0]
+        loss = call(ops, "linear_ce_with_gradients", x, weight, targets, halves, *settings[:4], *needed)[0]
     return loss if reduction == "none" else _reference.reduced(loss, targets != IGNORE, reduction)
 
 
 register("linear_cross_entropy", "torch")(partial(_chunked, "reference"))
-register("linear_cross_entropy", "cpp", cpp_supports, missing=CPP_MISSING)(partial(_chunked, "cpp"))
-register("linear_cross_entropy", "triton", triton_supports, missing=TRITON_MISSING)(partial(_chunked, "triton"))
+register("linear_cross_entropy", "cpp", cpp_supports, missing=lambda: CPP_MISSING)(partial(_chunked, "cpp"))
+register("linear_cross_entropy", "triton", triton_supports, missing=lambda: TRITON_MISSING)(partial(_chunked, "triton"))
 
 
 # ---- chunks ----
@@ -151,6 +161,18 @@ class _Halves(NamedTuple):
     name: str
     settings: _Settings
     combine: Combine | None = None
+
+    def loss_with_gradient_(self, logits: torch.Tensor, targets: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+        """Token losses; the logits become the gradient of their sum. `one` is a 0-dim 1."""
+        _, z_loss, smoothing, softcap, _ = self.settings
+        if self.combine is None and self.name != "reference":
+            losses: torch.Tensor = self._ops(logits).ce_with_gradient_(
+                logits, targets, one, IGNORE, z_loss, smoothing, softcap
+            )
+            return losses
+        losses, lse = self.loss_and_lse(logits, targets)
+        self.gradient_(logits, targets, lse, one.expand(logits.shape[:1]))
+        return losses
 
     def loss_and_lse(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Token losses, 0 where ignored, and log-sum-exps."""
@@ -219,11 +241,10 @@ def _sweep(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Token losses, and the gradients of their sum."""
     loss = x.new_empty(x.shape[0], dtype=statistics_type(x))
-    ones = torch.ones_like(loss)
+    one = loss.new_ones(())
     gradients = _Gradients(x, weight, need_x, need_weight)
     for rows, logits in _chunks(x, weight, halves.settings.chunk_tokens):
-        loss[rows], lse = halves.loss_and_lse(logits, targets[rows])
-        halves.gradient_(logits, targets[rows], lse, ones[rows])
+        loss[rows] = halves.loss_with_gradient_(logits, targets[rows], one)
         gradients.add(rows, logits)
     return loss, gradients.dx, gradients.dw
 
@@ -342,6 +363,7 @@ def _fake_gradients(x: torch.Tensor, weight: torch.Tensor, need_x: bool, need_we
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, targets, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight, targets, output[1])
 
 
@@ -355,36 +377,16 @@ def _backward(ops: Any, ctx: Any, dloss: torch.Tensor, dlse: Any) -> Any:
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, _, *ctx.options = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or zeros of dW's size would be made up
     ctx.save_for_backward(x, weight, *output[1:])
 
 
 def _scale_kept(ops: Any, ctx: Any, dloss: torch.Tensor, *others: Any) -> Any:
     x, weight, dx, dw = ctx.saved_tensors
     *_, need_x, need_weight = ctx.options
-    dx = _Once.apply(_scaled(dx, dloss), x) if need_x else None
-    dw = _Once.apply(_scaled(dw, dloss).to(weight.dtype), weight) if need_weight else None
+    dx = scaled(dx, dloss, x) if need_x else None
+    dw = scaled(dw, dloss, weight).to(weight.dtype) if need_weight else None
     return dx, dw, None, *(None for _ in ctx.options)
-
-
-def _scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """In place, so that dW exists once: a second backward finds it changed, which torch refuses. Not so while a graph is
-    traced, where tensors are of types of their own and results of the forward pass may not be changed."""
-    return gradient.mul_(factor) if type(gradient) is torch.Tensor else gradient * factor
-
-
-class _Once(torch.autograd.Function):
-    """The gradient itself. It was worked out in forward, so torch would take it for a constant: this refuses to
-    differentiate it instead."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "linear_cross_entropy: double backward is not offered; use impl='reference', which is plain torch"
-        )
 
 
 define(

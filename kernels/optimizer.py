@@ -9,12 +9,10 @@ import torch
 
 from . import _checks
 from ._dispatch import choose, register
-from ._library import TRITON_MISSING, Ops, define, register_both, statistics_type
+from ._library import Ops, TritonModule, define, register_both, statistics_type
 from .reference import optimizer as _reference
 
-_triton: Any = None
-if TRITON_MISSING is None:
-    from .triton_kernels import optimizer as _triton
+_triton = TritonModule("optimizer")
 
 Tensors = Sequence[torch.Tensor]
 
@@ -177,10 +175,10 @@ define(
     "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] masters, Tensor clip, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()",
     fake=lambda *arguments: None,
-    triton=_triton and _triton.adamw_step,
+    triton=_triton.adamw_step,
 )
 define(
     "square_sum(Tensor[] tensors) -> Tensor",
     fake=lambda tensors: tensors[0].new_empty((), dtype=torch.float64),
-    triton=_triton and _triton.square_sum,
+    triton=_triton.square_sum,
 )

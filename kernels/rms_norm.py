@@ -8,13 +8,11 @@ import torch
 
 from . import _checks
 from ._dispatch import choose, register
-from ._library import TRITON_MISSING, Ops, define, like, register_both, statistics_type
+from ._library import Ops, TritonModule, call, define, like, register_both, statistics_type
 from .adapters import apex, liger
 from .reference.norm import rms_norm as _reference
 
-_triton: Any = None
-if TRITON_MISSING is None:
-    from .triton_kernels import rms_norm as _triton
+_triton = TritonModule("rms_norm")
 
 
 def rms_norm(
@@ -46,8 +44,8 @@ def _registered(
     ops: Ops, x: torch.Tensor, weight: torch.Tensor, *, eps: float, residual: torch.Tensor | None = None
 ) -> Any:
     if residual is None:
-        return ops.rms_norm_fwd(x, weight, eps)[0]
-    y, total, _ = ops.add_rms_norm_fwd(x, residual, weight, eps)
+        return call(ops, "rms_norm_fwd", x, weight, eps)[0]
+    y, total, _ = call(ops, "add_rms_norm_fwd", x, residual, weight, eps)
     return y, total
 
 
@@ -64,7 +62,7 @@ def _apex_supports(
     return apex.unsupported(x, weight, residual)
 
 
-@register("rms_norm", "apex", _apex_supports, missing=apex.FOUND.missing)
+@register("rms_norm", "apex", _apex_supports, missing=apex.PACKAGE.missing)
 def _apex(x: torch.Tensor, weight: torch.Tensor, *, eps: float, residual: None = None) -> Any:
     return apex.rms_norm(x, weight, eps)
 
@@ -73,7 +71,7 @@ def _liger_supports(x: torch.Tensor, weight: torch.Tensor, **options: Any) -> st
     return liger.unsupported(x)
 
 
-@register("rms_norm", "liger", _liger_supports, missing=liger.FOUND.missing)
+@register("rms_norm", "liger", _liger_supports, missing=liger.PACKAGE.missing)
 def _liger(x: torch.Tensor, weight: torch.Tensor, *, eps: float, residual: torch.Tensor | None = None) -> Any:
     return liger.rms_norm(x, weight, eps, residual)
 
@@ -87,6 +85,7 @@ def _statistics_like(x: torch.Tensor) -> torch.Tensor:
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, _ = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight, output[1])
 
 
@@ -98,6 +97,7 @@ def _backward(ops: Ops, ctx: Any, dy: torch.Tensor, drstd: Any) -> Any:
 
 def _save_sum(ctx: Any, inputs: Any, output: Any) -> None:
     _, total, rstd = output
+    ctx.mark_non_differentiable(rstd)
     ctx.save_for_backward(total, inputs[2], rstd)
 
 
@@ -110,20 +110,20 @@ def _backward_sum(ops: Ops, ctx: Any, dy: torch.Tensor, dtotal: torch.Tensor, dr
 define(
     "rms_norm_fwd(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)",
     fake=lambda x, weight, eps: (like(x), _statistics_like(x)),
-    triton=_triton and (lambda x, weight, eps: _triton.forward(x, None, weight, eps)[::2]),
+    triton=(lambda x, weight, eps: _triton.forward(x, None, weight, eps)[::2]),
     setup=_save,
     backward=_backward,
 )
 define(
     "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor total, Tensor rstd)",
     fake=lambda x, residual, weight, eps: (like(x), like(x), _statistics_like(x)),
-    triton=_triton and _triton.forward,
+    triton=_triton.forward,
     setup=_save_sum,
     backward=_backward_sum,
 )
 define(
     "rms_norm_bwd(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor rstd) -> (Tensor dx, Tensor dweight)",
     fake=lambda dy, dtotal, x, weight, rstd: (like(x), weight.new_empty(weight.shape, dtype=rstd.dtype)),
-    triton=_triton and _triton.backward,
+    triton=_triton.backward,
     refuse_backward=True,
 )

@@ -1,7 +1,7 @@
 // Cross entropy of logits (T, V) on the CPU, whole or as the halves of a split vocabulary.
 //
-// Forward: one pass over memory; each block of a row stays in the first-level cache while its largest value and its sum of
-// exponentials are taken. Backward: one read, one write, and in place if asked.
+// Forward: one pass; backward: one read, one write, and in place if asked. Where the upstream gradient is known in the forward
+// pass up to a factor (a mean, a sum), both are done at once: the row is read from memory once, the second time from cache.
 #include "common.h"
 
 namespace opencoder {
@@ -32,31 +32,55 @@ INLINE const Real* capped(const T* row, Real* scratch, int64_t n, Real softcap) 
     return scratch;
 }
 
-// A NaN reaches sum_exp through exp; a row of −inf alone has the sum 0.
+// How far above the running largest value a block may reach before the sum is rescaled: e^40 is far from overflow.
+constexpr double kHeadroom = 40.0;
+
+// Adds a block to the statistics, in one pass: its exponentials are taken relative to the largest value so far, while its
+// own is found. Only a block that reaches far above (the first, as a rule) is gone over again. A NaN reaches sum_exp
+// through exp; a row of −inf alone has the sum 0.
+template <typename Real>
+INLINE void add_block(Statistics<Real>& s, Real& shift, const Real* x, int64_t n, bool with_sum) {
+    constexpr Real kNegative = -std::numeric_limits<Real>::infinity();
+    Real highest = kNegative, sum = 0;
+    if (s.highest != kNegative) {
+        const Real from = shift;
+        _Pragma("omp simd reduction(+ : sum) reduction(max : highest)") for (int64_t i = 0; i < n; ++i) {
+            sum += fast_exp_nonpositive(x[i] - from);
+            highest = x[i] > highest ? x[i] : highest;
+        }
+    }
+    if (s.highest == kNegative || highest > shift + Real(kHeadroom)) {
+        highest = kNegative;
+        _Pragma("omp simd reduction(max : highest)") for (int64_t i = 0; i < n; ++i) highest =
+            x[i] > highest ? x[i] : highest;
+        const Real top = std::max(highest, s.highest), from = top == kNegative ? Real(0) : top;
+        s.sum_exp *= s.highest == kNegative ? Real(0) : std::exp(shift - from);
+        shift = from;
+        sum = 0;
+        _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; ++i) sum += fast_exp_nonpositive(x[i] - from);
+    }
+    s.sum_exp += sum;
+    s.highest = std::max(s.highest, highest);
+    if (with_sum) {
+        Real plain = 0;
+        _Pragma("omp simd reduction(+ : plain)") for (int64_t i = 0; i < n; ++i) plain += x[i];
+        s.sum += plain;
+    }
+}
+
 template <typename T>
 INLINE Statistics<RealOf<T>> statistics_of(const Rows<T>& a, int64_t row, bool with_sum) {
     using Real = RealOf<T>;
     constexpr Real kNegative = -std::numeric_limits<Real>::infinity();
     Real scratch[kBlock];
     Statistics<Real> s{kNegative, 0, 0, 0};
+    Real shift = 0;
     const T* x_row = a.logits + row * a.width;
     for (int64_t at = 0; at < a.width; at += kBlock) {
         const int64_t n = std::min(kBlock, a.width - at);
-        const Real* x = capped(x_row + at, scratch, n, a.softcap);
-        Real highest = s.highest;
-        _Pragma("omp simd reduction(max : highest)") for (int64_t i = 0; i < n; ++i) highest =
-            x[i] > highest ? x[i] : highest;
-        const Real shift = highest == kNegative ? Real(0) : highest;
-        Real sum = 0;
-        _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; ++i) sum += fast_exp_nonpositive(x[i] - shift);
-        s.sum_exp = s.sum_exp * (s.highest == kNegative ? Real(0) : std::exp(s.highest - shift)) + sum;
-        s.highest = highest;
-        if (with_sum) {
-            Real plain = 0;
-            _Pragma("omp simd reduction(+ : plain)") for (int64_t i = 0; i < n; ++i) plain += x[i];
-            s.sum += plain;
-        }
+        add_block(s, shift, capped(x_row + at, scratch, n, a.softcap), n, with_sum);
     }
+    if (s.highest != kNegative) s.sum_exp *= std::exp(shift - s.highest);
     const int64_t local = a.targets[row] - a.vocab_start;
     if (local >= 0 && local < a.width) {
         const Real x = widen(x_row[local]);
@@ -65,29 +89,65 @@ INLINE Statistics<RealOf<T>> statistics_of(const Rows<T>& a, int64_t row, bool w
     return s;
 }
 
+// Gradient of one row's loss times `scale`; `grad_row` may be the row of logits itself.
+template <typename T>
+INLINE void gradient_row(const Rows<T>& rows, int64_t row, RealOf<T> lse, RealOf<T> scale, RealOf<T> z_loss,
+                         RealOf<T> smoothing, T* grad_row, bool stream) {
+    using Real = RealOf<T>;
+    const int64_t width = rows.width, target = rows.targets[row], local = target - rows.vocab_start;
+    const Real softcap = rows.softcap;
+    Real scratch[kBlock], tanhs[kBlock];
+    if (target == rows.ignore_index) {
+        std::fill(grad_row, grad_row + width, T(0));
+        return;
+    }
+    const Real whole = scale * (Real(1) + Real(2) * z_loss * lse);
+    const Real uniform = scale * smoothing / Real(width), at_target = scale * (Real(1) - smoothing);
+    for (int64_t at = 0; at < width; at += kBlock) {
+        const int64_t n = std::min(kBlock, width - at);
+        const Real* x = load<Real>(rows.logits + row * width + at, scratch, n);
+        Real* grad = destination<Real>(grad_row + at, scratch, stream);
+        const bool here = local >= at && local < at + n;
+        if (softcap == Real(0)) {
+            SIMD for (int64_t i = 0; i < n; ++i) grad[i] = whole * fast_exp_nonpositive(x[i] - lse) - uniform;
+            if (here) grad[local - at] -= at_target;
+        } else {
+            SIMD for (int64_t i = 0; i < n; ++i) tanhs[i] = fast_tanh(x[i] / softcap);
+            SIMD for (int64_t i = 0; i < n; ++i) grad[i] = whole * fast_exp_nonpositive(softcap * tanhs[i] - lse) - uniform;
+            if (here) grad[local - at] -= at_target;
+            SIMD for (int64_t i = 0; i < n; ++i) grad[i] *= Real(1) - tanhs[i] * tanhs[i];
+        }
+        store(static_cast<const Real*>(grad), grad_row + at, n, stream);
+    }
+}
+
 template <typename T>
 struct Forward {
     Rows<T> rows;
     double z_loss, label_smoothing;
     RealOf<T>* loss;
     RealOf<T>* lse;
+    T* grad;  // null, or where the gradient goes while the row is still in cache; may be the logits
+    RealOf<T> scale;
+    bool stream;
 };
 
 template <typename T>
 INLINE void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
     using Real = RealOf<T>;
-    const Real smoothing = a.label_smoothing;
+    const Real smoothing = a.label_smoothing, z_loss = a.z_loss;
     for (int64_t row = begin; row < end; ++row) {
         const auto s = statistics_of(a.rows, row, smoothing != Real(0));
         const bool infinite = s.highest == std::numeric_limits<Real>::infinity();
         const Real lse = infinite ? s.highest : s.highest + std::log(s.sum_exp);
-        a.lse[row] = lse;
+        if (a.lse) a.lse[row] = lse;
         Real loss = 0;
         if (a.rows.targets[row] != a.rows.ignore_index) {
-            loss = lse - (Real(1) - smoothing) * s.target + Real(a.z_loss) * lse * lse;
+            loss = lse - (Real(1) - smoothing) * s.target + z_loss * lse * lse;
             if (smoothing != Real(0)) loss -= smoothing * s.sum / Real(a.rows.width);
         }
         a.loss[row] = loss;
+        if (a.grad) gradient_row(a.rows, row, lse, a.scale, z_loss, smoothing, a.grad + row * a.rows.width, a.stream);
     }
 }
 CLONED_RANGE(forward_rows, Forward)
@@ -104,38 +164,9 @@ struct Backward {
 
 template <typename T>
 INLINE void backward_rows(const Backward<T>& a, int64_t begin, int64_t end) {
-    using Real = RealOf<T>;
-    const int64_t width = a.rows.width;
-    const Real softcap = a.rows.softcap;
-    Real scratch[kBlock], tanhs[kBlock];
-    for (int64_t row = begin; row < end; ++row) {
-        const int64_t target = a.rows.targets[row], local = target - a.rows.vocab_start;
-        T* grad_row = a.grad + row * width;
-        if (target == a.rows.ignore_index) {
-            std::fill(grad_row, grad_row + width, T(0));
-            continue;
-        }
-        const Real lse = a.lse[row], scale = a.scale[row];
-        const Real whole = scale * (Real(1) + Real(2) * Real(a.z_loss) * lse);
-        const Real uniform = scale * Real(a.label_smoothing) / Real(width);
-        const Real at_target = scale * (Real(1) - Real(a.label_smoothing));
-        for (int64_t at = 0; at < width; at += kBlock) {
-            const int64_t n = std::min(kBlock, width - at);
-            const Real* x = load<Real>(a.rows.logits + row * width + at, scratch, n);
-            Real* grad = destination<Real>(grad_row + at, scratch, a.stream);
-            const bool here = local >= at && local < at + n;
-            if (softcap == Real(0)) {
-                SIMD for (int64_t i = 0; i < n; ++i) grad[i] = whole * fast_exp_nonpositive(x[i] - lse) - uniform;
-                if (here) grad[local - at] -= at_target;
-            } else {
-                SIMD for (int64_t i = 0; i < n; ++i) tanhs[i] = fast_tanh(x[i] / softcap);
-                SIMD for (int64_t i = 0; i < n; ++i) grad[i] = whole * fast_exp_nonpositive(softcap * tanhs[i] - lse) - uniform;
-                if (here) grad[local - at] -= at_target;
-                SIMD for (int64_t i = 0; i < n; ++i) grad[i] *= Real(1) - tanhs[i] * tanhs[i];
-            }
-            store(static_cast<const Real*>(grad), grad_row + at, n, a.stream);
-        }
-    }
+    for (int64_t row = begin; row < end; ++row)
+        gradient_row<T>(a.rows, row, a.lse[row], a.scale[row], a.z_loss, a.label_smoothing, a.grad + row * a.rows.width,
+                        a.stream);
 }
 CLONED_RANGE(backward_rows, Backward)
 
@@ -184,11 +215,66 @@ std::tuple<Tensor, Tensor> ce_forward(const Tensor& logits_in, const Tensor& tar
     const Tensor logits = torch::stable::contiguous(logits_in), targets = as_int64(targets_in);
     Tensor loss = statistics_like(logits), lse = statistics_like(logits);
     DISPATCH("cross_entropy", logits, {
-        const Forward<T> a{rows_of<T>(logits, targets, 0, ignore_index, softcap), z_loss, label_smoothing,
-                           mutable_data<RealOf<T>>(loss), mutable_data<RealOf<T>>(lse)};
+        const Forward<T> a{rows_of<T>(logits, targets, 0, ignore_index, softcap),
+                           z_loss,
+                           label_smoothing,
+                           mutable_data<RealOf<T>>(loss),
+                           mutable_data<RealOf<T>>(lse),
+                           nullptr,
+                           0,
+                           false};
         PARALLEL(forward_rows, a, logits.size(0), logits.size(1) * sizeof(T));
     })
     return {loss, lse};
+}
+
+// Token losses, and into `grad` the gradient of their sum times `scale`, which is 0-dim.
+Tensor forward_with_gradient(const Tensor& logits, const Tensor& targets_in, const Tensor& scale_in, int64_t ignore_index,
+                             double z_loss, double label_smoothing, std::optional<double> softcap, Tensor& grad) {
+    check(logits, targets_in);
+    const Tensor targets = as_int64(targets_in);
+    const Tensor scale = torch::stable::to(scale_in, statistics_type(logits));
+    STD_TORCH_CHECK(scale.numel() == 1, "cross_entropy: scale must be 0-dim");
+    Tensor loss = statistics_like(logits);
+    DISPATCH("cross_entropy", logits, {
+        const int64_t row_bytes = logits.size(1) * sizeof(T);
+        const bool in_place = grad.const_data_ptr() == logits.const_data_ptr();
+        const bool stream = !in_place && streams(2 * logits.size(0) * row_bytes, {mutable_data<T>(grad)}, row_bytes);
+        const Forward<T> a{rows_of<T>(logits, targets, 0, ignore_index, softcap),
+                           z_loss,
+                           label_smoothing,
+                           mutable_data<RealOf<T>>(loss),
+                           nullptr,
+                           mutable_data<T>(grad),
+                           *data<RealOf<T>>(scale),
+                           stream};
+        PARALLEL(forward_rows, a, logits.size(0), logits.size(1) * sizeof(T));
+    })
+    return loss;
+}
+
+// The sum of the token losses times `scale`, 0-dim, and its gradient.
+std::tuple<Tensor, Tensor> ce_with_gradient(const Tensor& logits_in, const Tensor& targets, const Tensor& scale,
+                                            int64_t ignore_index, double z_loss, double label_smoothing,
+                                            std::optional<double> softcap) {
+    const Tensor logits = torch::stable::contiguous(logits_in);
+    Tensor grad = torch::stable::empty_like(logits);
+    const Tensor loss = forward_with_gradient(logits, targets, scale, ignore_index, z_loss, label_smoothing, softcap, grad);
+    Tensor total = torch::stable::new_empty(logits, {}, statistics_type(logits));
+    DISPATCH("cross_entropy", total, {
+        const T* each = data<T>(loss);
+        double sum = 0;  // in a fixed order
+        for (int64_t i = 0; i < loss.numel(); ++i) sum += static_cast<double>(each[i]);
+        const Tensor factor = torch::stable::to(scale, total.scalar_type());
+        *mutable_data<T>(total) = static_cast<T>(sum * static_cast<double>(*data<T>(factor)));
+    })
+    return {total, grad};
+}
+
+Tensor ce_with_gradient_in_place(Tensor logits, const Tensor& targets, const Tensor& scale, int64_t ignore_index,
+                                 double z_loss, double label_smoothing, std::optional<double> softcap) {
+    STD_TORCH_CHECK(logits.is_contiguous(), "cross_entropy: in place needs contiguous logits");
+    return forward_with_gradient(logits, targets, scale, ignore_index, z_loss, label_smoothing, softcap, logits);
 }
 
 void backward(const Tensor& logits, const Tensor& targets_in, const Tensor& lse_in, const Tensor& scale_in,
@@ -258,6 +344,8 @@ std::tuple<Tensor, Tensor, Tensor> ce_stats(const Tensor& logits_in, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(opencoder, CPU, m) {
     m.impl("ce_forward", TORCH_BOX(&opencoder::ce_forward));
+    m.impl("ce_with_gradient", TORCH_BOX(&opencoder::ce_with_gradient));
+    m.impl("ce_with_gradient_", TORCH_BOX(&opencoder::ce_with_gradient_in_place));
     m.impl("ce_backward", TORCH_BOX(&opencoder::ce_backward));
     m.impl("ce_backward_", TORCH_BOX(&opencoder::ce_backward_in_place));
     m.impl("ce_backward_out", TORCH_BOX(&opencoder::ce_backward_out));

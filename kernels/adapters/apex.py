@@ -6,7 +6,7 @@ import importlib
 
 import torch
 
-from .probe import Found, Symbol, find
+from .probe import Adapter, Found, Symbol, find
 
 RMS_NORM = Symbol(
     "apex.normalization.fused_layer_norm", "fused_rms_norm_affine", ("input", "weight", "normalized_shape", "eps")
@@ -24,13 +24,13 @@ def _find() -> Found:
     return found
 
 
-FOUND = _find()
+PACKAGE = Adapter(_find)
 
 
 def unsupported(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> str | None:
     """Why it cannot serve, None if it can."""
-    if FOUND.missing is not None:
-        return FOUND.missing
+    if (missing := PACKAGE.missing()) is not None:
+        return missing
     if x.device.type != "cuda":
         return f"apex is for cuda, the tensors are on {x.device.type}"
     if residual is not None:
@@ -42,5 +42,5 @@ def unsupported(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """y like x."""
-    y: torch.Tensor = FOUND.functions["fused_rms_norm_affine"](x, weight, tuple(weight.shape), eps)
+    y: torch.Tensor = PACKAGE["fused_rms_norm_affine"](x, weight, tuple(weight.shape), eps)
     return y

@@ -5,11 +5,12 @@ log-sum-exp has no gradient. Its backward is private and changes between version
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from .probe import Symbol, find
+from .probe import Adapter, Symbol, find
 
 _MODULE = "flash_attn.flash_attn_interface"
 _OPTIONS = ("softmax_scale", "causal", "window_size", "softcap", "return_attn_probs")
@@ -20,14 +21,16 @@ PACKED = Symbol(
     ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
     _OPTIONS,
 )
-FOUND = find("flash_attn", (DENSE, PACKED), how="pip install --no-build-isolation flash-attn (needs nvcc)")
+PACKAGE = Adapter(
+    partial(find, "flash_attn", (DENSE, PACKED), how="pip install --no-build-isolation flash-attn (needs nvcc)")
+)
 MAX_HEAD_DIM = 256
 
 
 def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool) -> str | None:
     """Why it cannot serve, None if it can."""
-    if FOUND.missing is not None:
-        return FOUND.missing
+    if (missing := PACKAGE.missing()) is not None:
+        return missing
     if q.device.type != "cuda":
         return f"flash-attn is for cuda, the tensors are on {q.device.type}"
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -62,9 +65,9 @@ def attention(
         "return_attn_probs": return_lse,
     }
     if bounds_q is None:
-        found = FOUND.functions["flash_attn_func"](q, k, v, **options)
+        found = PACKAGE["flash_attn_func"](q, k, v, **options)
     else:
-        function = FOUND.functions["flash_attn_varlen_func"]
+        function = PACKAGE["flash_attn_varlen_func"]
         found = function(q, k, v, bounds_q, bounds_k, longest, longest, **options)
     if not return_lse:
         return found

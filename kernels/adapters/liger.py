@@ -3,23 +3,24 @@ which our functions promise to leave alone, so those are not offered; bench-kern
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from .probe import Symbol, find
+from .probe import Adapter, Symbol, find
 
 _TAIL = ("eps", "offset", "casting_mode", "in_place")
 RMS_NORM = Symbol("liger_kernel.ops.rms_norm", "LigerRMSNormFunction", ("X", "W", *_TAIL))
 ADD_RMS_NORM = Symbol("liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction", ("X", "R", "W", *_TAIL))
-FOUND = find("liger_kernel", (RMS_NORM, ADD_RMS_NORM), how="pip install liger-kernel")
+PACKAGE = Adapter(partial(find, "liger_kernel", (RMS_NORM, ADD_RMS_NORM), how="pip install liger-kernel"))
 MAX_WIDTH = 65536
 
 
 def unsupported(x: torch.Tensor) -> str | None:
     """Why it cannot serve, None if it can."""
-    if FOUND.missing is not None:
-        return FOUND.missing
+    if (missing := PACKAGE.missing()) is not None:
+        return missing
     if x.device.type != "cuda":
         return f"Liger is for cuda, the tensors are on {x.device.type}"
     if x.dtype == torch.float64:
@@ -33,5 +34,5 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     """y, or (y, x + residual). Everything in fp32 with one rounding ("gemma"), the upstream gradient left alone."""
     options = (eps, 0.0, "gemma", False)
     if residual is None:
-        return FOUND.functions["LigerRMSNormFunction"](x, weight, *options)
-    return FOUND.functions["LigerFusedAddRMSNormFunction"](x, residual, weight, *options)
+        return PACKAGE["LigerRMSNormFunction"](x, weight, *options)
+    return PACKAGE["LigerFusedAddRMSNormFunction"](x, residual, weight, *options)

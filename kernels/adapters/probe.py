@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Symbol(NamedTuple):
     """A function of another package and the parameters that are passed to it."""
@@ -35,6 +37,29 @@ class Found(NamedTuple):
 
     functions: dict[str, Callable[..., Any]]
     missing: str | None
+
+
+class Adapter:
+    """A package's functions, looked for when first asked about: importing some of them takes seconds."""
+
+    def __init__(self, look: Callable[[], Found]) -> None:
+        self._look = look
+        self._found: Found | None = None
+
+    def found(self) -> Found:
+        """What there is."""
+        if self._found is None:
+            self._found = self._look()
+        return self._found
+
+    def missing(self) -> str | None:
+        """Why it cannot be used, None if it can."""
+        if self._found is None and torch.compiler.is_compiling():
+            return "not looked for while torch.compile traces; K.chosen(), K.explain() or one call before does that"
+        return self.found().missing
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        return self.found().functions[name]
 
 
 def find(package: str, symbols: Sequence[Symbol], *, how: str) -> Found:

@@ -16,7 +16,6 @@ import triton.language as tl
 from .configs import Launch, settings
 from .launching import Variant, capability, on_device, options, real_of
 
-MAX_HEAD_DIM = 256
 DELTA_ROWS = 16
 LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -65,8 +65,8 @@ def test_flash_attn_publishes_the_signatures_the_adapter_calls() -> None:
 
 def test_liger_publishes_the_signatures_the_adapter_calls() -> None:
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
-    assert liger.FOUND.missing is None
-    assert set(liger.FOUND.functions) == {"LigerRMSNormFunction", "LigerFusedAddRMSNormFunction"}
+    assert liger.PACKAGE.missing() is None
+    assert set(liger.PACKAGE.found().functions) == {"LigerRMSNormFunction", "LigerFusedAddRMSNormFunction"}
 
 
 def test_apex_publishes_the_signature_the_adapter_calls() -> None:
@@ -167,14 +167,14 @@ def tensor(*shape: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat1
 def test_flash_attn_refuses_what_it_cannot_do(
     monkeypatch: pytest.MonkeyPatch, q: Any, return_lse: bool, says: str | None
 ) -> None:
-    monkeypatch.setattr(flash_attn, "FOUND", probe.Found({}, None))
+    monkeypatch.setattr(flash_attn.PACKAGE, "_found", probe.Found({}, None))
     reason = flash_attn.unsupported(q, q, q, return_lse=return_lse)
     assert reason is None if says is None else says in (reason or "")
 
 
 def test_norms_refuse_what_they_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apex, "FOUND", probe.Found({}, None))
-    monkeypatch.setattr(liger, "FOUND", probe.Found({}, None))
+    monkeypatch.setattr(apex.PACKAGE, "_found", probe.Found({}, None))
+    monkeypatch.setattr(liger.PACKAGE, "_found", probe.Found({}, None))
     x, w = tensor(2, 8), tensor(8)
     assert apex.unsupported(x, w, None) is None
     assert apex.unsupported(x, w, x) == "apex has no fused residual addition"
@@ -189,7 +189,7 @@ def test_norms_refuse_what_they_cannot_do(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_named_adapter_that_is_not_there_says_how_to_get_it() -> None:
-    if flash_attn.FOUND.missing is None:
+    if flash_attn.PACKAGE.missing() is None:
         pytest.skip("flash-attn is installed")
     q = torch.ones(1, 4, 2, 16)
     with pytest.raises(K.UnsupportedKernel, match=r"attention\[flash_attn\]: flash_attn is not installed: pip install"):
@@ -261,7 +261,7 @@ def flash_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, "flash_attn.flash_attn_interface", **functions)
     found = probe.find("flash_attn", (flash_attn.DENSE, flash_attn.PACKED), how="")
     assert found.missing is None
-    monkeypatch.setattr(flash_attn, "FOUND", found)
+    monkeypatch.setattr(flash_attn.PACKAGE, "_found", found)
     allow(monkeypatch, "attention", "flash_attn")
 
 
@@ -322,7 +322,7 @@ def test_apex_is_called_so_that_it_means_the_same(monkeypatch: pytest.MonkeyPatc
 
     stand_in(monkeypatch, "apex.normalization.fused_layer_norm", fused_rms_norm_affine=fused_rms_norm_affine)
     stand_in(monkeypatch, "fused_layer_norm_cuda")
-    monkeypatch.setattr(apex, "FOUND", apex._find())
+    monkeypatch.setattr(apex.PACKAGE, "_found", apex._find())
     allow(monkeypatch, "rms_norm", "apex")
     x, w = torch.randn(3, 5, 8).double(), torch.randn(8).double()
     assert error(K.rms_norm(x, w, eps=1e-2, impl="apex"), K.rms_norm(x, w, eps=1e-2, impl="reference")) <= 1e-12
@@ -354,8 +354,9 @@ def test_liger_is_called_so_that_it_means_the_same(monkeypatch: pytest.MonkeyPat
     stand_in(
         monkeypatch, "liger_kernel.ops.fused_add_rms_norm", LigerFusedAddRMSNormFunction=LigerFusedAddRMSNormFunction
     )
-    monkeypatch.setattr(liger, "FOUND", probe.find("liger_kernel", (liger.RMS_NORM, liger.ADD_RMS_NORM), how=""))
-    assert liger.FOUND.missing is None
+    found = probe.find("liger_kernel", (liger.RMS_NORM, liger.ADD_RMS_NORM), how="")
+    assert found.missing is None
+    monkeypatch.setattr(liger.PACKAGE, "_found", found)
     allow(monkeypatch, "rms_norm", "liger")
     x, w, r = torch.randn(3, 8).double(), torch.randn(8).double(), torch.randn(3, 8).double()
     assert error(K.rms_norm(x, w, eps=1e-5, impl="liger"), plain_norm(x, w)) <= 1e-12

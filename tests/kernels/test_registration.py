@@ -42,6 +42,7 @@ CALLS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "add_rms_norm": (lambda x, w, r: K.rms_norm(x, w, eps=1e-5, residual=r, impl=IMPL), [(6, 16), (16,), (6, 16)]),
     "swiglu": (lambda a, b: K.swiglu(a, b, impl=IMPL), [(5, 8), (5, 8)]),
     "rotary": (rotary, [(2, 4, 3, 8), (2, 4, 1, 8)]),
+    "cross_entropy none": (lambda x: K.cross_entropy(x, TARGETS, softcap=3.0, reduction="none", impl=IMPL), [(4, 11)]),
     "cross_entropy": (lambda x: K.cross_entropy(x, TARGETS, z_loss=0.1, softcap=3.0, impl=IMPL), [(4, 11)]),
     "linear_cross_entropy": (linear, [(4, 3), (11, 3)]),
     "linear_cross_entropy none": (partial(linear, reduction="none"), [(4, 3), (11, 3)]),
@@ -55,8 +56,9 @@ def test_gradcheck(name: str) -> None:
     function, shapes = CALLS[name]
     inputs = [draw(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)]
     # Milliseconds a launch in the interpreter: there by random projections instead of value by value.
-    if name == "linear_cross_entropy":  # gradcheck goes backward several times through one forward
-        function = partial(linear, reduction="none")
+    if name in ("linear_cross_entropy", "cross_entropy"):
+        # gradcheck goes backward several times through one forward; one that is not summed keeps what it needs for that.
+        function, shapes = CALLS[f"{name} none"]
     assert torch.autograd.gradcheck(function, inputs, nondet_tol=0.0, fast_mode=INTERPRETED)
 
 
@@ -175,6 +177,8 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
         "rotary": (q.clone().requires_grad_(), k.clone().requires_grad_(), ANGLES.cos(), ANGLES.sin(), False),
         "rotary_": (q, k, ANGLES.cos(), ANGLES.sin(), True),
         "ce_forward": (logits.clone().requires_grad_(), TARGETS, *options),
+        "ce_with_gradient": (logits.clone().requires_grad_(), TARGETS, clip, *options),
+        "ce_with_gradient_": (logits.clone(), TARGETS, clip, *options),
         "ce_stats": (logits, TARGETS, 3, 2.0),
         "ce_backward": (lse, logits, TARGETS, lse, 0, *options),
         "ce_backward_": (lse, logits.clone(), TARGETS, lse, 0, *options),
