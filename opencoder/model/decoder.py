@@ -20,6 +20,7 @@ from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import place, replicated
 
 from .heads import VocabHead
+from .recompute import recomputed
 
 
 class Documents(NamedTuple):
@@ -80,29 +81,36 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) · up(x))."""
+    """down(silu(gate(x)) · up(x)). The product in the brackets is not kept for the backward pass but made again: gate and up
+    are kept in any case, and it is a third of what the layer would keep."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, *, keep_product: bool) -> None:
+        """`keep_product` where the whole block is recomputed anyway."""
         super().__init__()
-        self.tp = mesh.tp
+        self.tp, self.keep_product = mesh.tp, keep_product
         self.gate_proj = ColumnParallelLinear(config.hidden_size, config.ffn_size, tp=mesh.tp, copy_input=False)
         self.up_proj = ColumnParallelLinear(config.hidden_size, config.ffn_size, tp=mesh.tp, copy_input=False)
         self.down_proj = RowParallelLinear(config.ffn_size, config.hidden_size, tp=mesh.tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = copy_to_group(x, self.tp)
-        return self.down_proj(K.swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product = K.swiglu(gate, up)
+        if self.keep_product:
+            return self.down_proj(product)
+        with recomputed(product, K.swiglu, gate, up):
+            return self.down_proj(product)
 
 
 class Block(nn.Module):
     """One layer, pre-norm. Takes and gives (update, residual): the addition is fused into the next norm."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, *, recompute: str) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config, mesh)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config, mesh)
+        self.mlp = MLP(config, mesh, keep_product=recompute == "full")
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, rope: Rope, documents: Documents | None
@@ -120,7 +128,7 @@ class Decoder(nn.Module):
         mesh = mesh or Mesh()
         self.config, self.recompute = config, recompute
         self.embed_tokens = VocabParallelEmbedding(config.padded_vocab_size, config.hidden_size, tp=mesh.tp)
-        self.layers = nn.ModuleList(Block(config, mesh) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Block(config, mesh, recompute=recompute) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         tied = self.embed_tokens.weight if config.tie_embeddings else None
         self.lm_head = VocabHead(config, mesh, weight=tied)

@@ -78,8 +78,8 @@ def _ring(size: int, ranks: int) -> int:
 
 def _activations(config: Config, mesh: Mesh, tokens: int, width: int) -> int:
     m, tp = config.model, mesh.tp.size
-    # per token: input, sum, output of two norms; q, k (before and after rotary), v, attention output; gate, up, product
-    split = (3 * m.heads + 3 * m.kv_heads) * m.head_dim + 3 * m.ffn_size
+    # per token: input, sum, output of two norms; q, k (before and after rotary), v, attention output; gate, up
+    split = (3 * m.heads + 3 * m.kv_heads) * m.head_dim + 2 * m.ffn_size
     layer = tokens * width * (6 * m.hidden_size + split // tp)
     if config.train.recompute == "full":
         return config.model.layers * tokens * width * 2 * m.hidden_size + layer

@@ -1,0 +1,31 @@
+"""Trading memory for work in single operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def recomputed(result: torch.Tensor, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Iterator[None]:
+    """Within the block, what autograd would save of `result` = function(*inputs) is not kept but worked out again in the
+    backward pass, bit by bit the same. Worth it where `inputs` are saved anyway and `function` is cheap."""
+    if not torch.is_grad_enabled():
+        yield
+        return
+    start, size = result.data_ptr(), result.numel()
+    kept = [x.detach() for x in inputs]
+
+    def pack(saved: torch.Tensor) -> torch.Tensor | torch.Size:
+        return saved.shape if saved.data_ptr() == start and saved.numel() == size else saved
+
+    def unpack(packed: torch.Tensor | torch.Size) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        with torch.no_grad():
+            return function(*kept).view(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
