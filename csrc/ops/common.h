@@ -96,6 +96,21 @@ INLINE Real fast_tanh(Real x) {
     else return Real(1) - Real(2) / (fast_exp(Real(2) * x) + Real(1));
 }
 
+// Asks for the lines of a row that is about to be written while its inputs are still being read, so that the first store
+// does not wait for them. `pays` tells where that was measured to gain (8 to 20 % in the RMSNorm backward): rows that stay in
+// the first-level cache with their inputs, tensors that the last level holds; beyond, it is in the way of the reading.
+struct WriteAhead {
+    bool pays;
+    WriteAhead(int64_t touched, int64_t row_bytes) : pays(touched <= int64_t{128} << 20 && row_bytes <= 9216) {}
+    template <typename T>
+    INLINE void operator()(T* row, int64_t n) const {
+#if defined(__GNUC__)
+        if (pays)
+            for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, 1, 3);
+#endif
+    }
+};
+
 // Storage to arithmetic type and back. bf16 by shifts, which vectorise everywhere; the rounding is to nearest even.
 INLINE float widen(float x) { return x; }
 INLINE double widen(double x) { return x; }

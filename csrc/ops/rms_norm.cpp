@@ -66,6 +66,7 @@ struct Backward {
     RealOf<T>* parts;  // (kParts, n), zero on entry
     int64_t n, rows;
     bool stream;
+    WriteAhead ahead;
 };
 
 // A range of parts, not of rows: the same bits come out for any number of threads.
@@ -78,6 +79,7 @@ INLINE void backward_parts(const Backward<T>& a, int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
         Real* __restrict dw = a.parts + part * n;
         for (int64_t row = a.rows * part / kParts; row < a.rows * (part + 1) / kParts; ++row) {
+            a.ahead(a.dx + row * n, n);
             const Real* g = load<Real>(a.dy + row * n, scratch.data(), n);
             const Real* x = load<Real>(a.x + row * n, scratch.data() + n, n);
             const Real rstd = a.rstd[row];
@@ -173,9 +175,10 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy_in, const std::optional
         using Real = RealOf<T>;
         const auto w = weight_as<Real>(weight);
         std::vector<Real> parts(kParts * n, Real(0));
-        const bool stream = streams((dtotal ? 4 : 3) * rows * n * sizeof(T), {mutable_data<T>(dx)}, n * sizeof(T));
+        const int64_t touched = (dtotal ? 4 : 3) * rows * n * sizeof(T), row_bytes = n * sizeof(T);
+        const bool stream = streams(touched, {mutable_data<T>(dx)}, row_bytes);
         const Backward<T> a{data<T>(dy), dtotal ? data<T>(*dtotal) : nullptr, data<T>(x), w.data(), data<Real>(rstd),
-                            mutable_data<T>(dx), parts.data(), n, rows, stream};
+                            mutable_data<T>(dx), parts.data(), n, rows, stream, {touched, row_bytes}};
         PARALLEL(backward_parts, a, kParts, (rows / kParts + 1) * n * sizeof(T));
         Real* sum = mutable_data<Real>(dw);
         for (int64_t i = 0; i < n; ++i) {
