@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("opencoder.tools.generate", "text from a native or Hugging Face checkpoint"),
     "check-triton": ("opencoder.tools.check_triton", "compile the Triton kernels for GPUs without one"),
     "demo": ("opencoder.tools.demo", "the whole path on the Python standard library, in minutes"),
+    "bench-kernels": ("opencoder.tools.bench_kernels", "the kernels beside eager torch, torch.compile and others"),
     "bench-train": ("opencoder.tools.bench_train", "training speed and memory beside transformers"),
     "bench-corpus": ("opencoder.tools.bench_corpus", "MinHash speed beside datasketch"),
     "bench-preprocess": ("opencoder.tools.bench_preprocess", "tokenising speed beside a loop over HF tokenizers"),

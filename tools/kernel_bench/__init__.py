@@ -1,0 +1,1 @@
+"""What `opencoder bench-kernels` measures: cases of operators with their contenders, timing, goals, plots."""
