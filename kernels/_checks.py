@@ -11,12 +11,27 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def floating(operator: str, **tensors: torch.Tensor) -> None:
     """Every tensor is of a supported floating type, and all are on one device."""
-    devices = {name: t.device for name, t in tensors.items()}
     for name, t in tensors.items():
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{operator}: {name} is {type(t).__name__}; it must be a tensor")
         if t.dtype not in FLOATS:
             raise ValueError(f"{operator}: {name} is {t.dtype}; allowed: fp64, fp32, bf16, fp16")
+    one_device(operator, **tensors)
+
+
+def one_device(operator: str, **tensors: torch.Tensor) -> None:
+    """All tensors are on one device."""
+    devices = {name: t.device for name, t in tensors.items()}
     if len(set(devices.values())) > 1:
-        raise ValueError(f"{operator}: tensors on different devices: {devices}; move them to one")
+        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{operator}: tensors on different devices: {listed}; move them to one")
+
+
+def at_least(operator: str, least: float, **numbers: float) -> None:
+    """Every number is at least `least`; a NaN is not."""
+    for name, value in numbers.items():
+        if not value >= least:
+            raise ValueError(f"{operator}: {name}={value}; it must be at least {least:g}")
 
 
 def same_dtype(operator: str, **tensors: torch.Tensor) -> None:
@@ -31,6 +46,10 @@ def cu_seqlens(operator: str, name: str, bounds: torch.Tensor, total: int, longe
     by at most `longest` at a time."""
     if bounds.dtype != torch.int32 or bounds.dim() != 1 or bounds.numel() < 1:
         raise ValueError(f"{operator}: {name} must be 1-D int32, got {bounds.dtype} of shape {tuple(bounds.shape)}")
+    if longest is not None and (not isinstance(longest, int) or longest < 0):
+        raise ValueError(
+            f"{operator}: max_seqlen={longest!r}; it must be an int of the host from 0 on: a tensor would have to be waited for"
+        )
     if bounds.device.type == "cpu" and not torch.compiler.is_compiling():
         values = bounds.tolist()
         falling = any(b < a for a, b in pairwise(values))
@@ -47,6 +66,9 @@ def targets(operator: str, logits: torch.Tensor, target: torch.Tensor) -> None:
     """logits (T, V) and integer targets (T,)."""
     if logits.dim() != 2:
         raise ValueError(f"{operator}: logits must be (T, V), got {tuple(logits.shape)}; flatten the leading dims")
+    if logits.shape[1] == 0:
+        raise ValueError(f"{operator}: logits {tuple(logits.shape)} have no class; V must be at least 1")
+    one_device(operator, logits=logits, targets=target)
     if target.shape != logits.shape[:1]:
         raise ValueError(f"{operator}: targets must be ({logits.shape[0]},), got {tuple(target.shape)}")
     if target.dtype not in (torch.int64, torch.int32):
@@ -59,13 +81,14 @@ def positive_cap(operator: str, softcap: float | None) -> None:
         raise ValueError(f"{operator}: softcap={softcap}; it must be positive, None for no cap")
 
 
-def loss_options(operator: str, reduction: str, label_smoothing: float, softcap: float | None) -> None:
+def loss_options(operator: str, reduction: str, z_loss: float, label_smoothing: float, softcap: float | None) -> None:
     """The options of a cross entropy are in range."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{operator}: reduction={reduction!r}; allowed: mean, sum, none")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{operator}: label_smoothing={label_smoothing}; allowed: [0, 1]")
     positive_cap(operator, softcap)
+    at_least(operator, 0, z_loss=z_loss)
 
 
 def target_range(operator: str, target: torch.Tensor, classes: int, ignore_index: int) -> None:

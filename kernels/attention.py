@@ -3,6 +3,7 @@ kernel (SDPA) share one loop over documents; the C++ and Triton kernels take the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -106,9 +107,15 @@ def attention_backward(
     options = (causal, cu_seqlens, cu_seqlens_k, max_seqlen, window, softcap, scale, True)
     case = _resolve("attention_backward", q, k, v, *options)
     statistics = (*q.shape[:-3], q.shape[-2], q.shape[-3])  # (B, H, S), packed (H, T)
-    for name, t, shape in (("dout", dout, q.shape), ("out", out, q.shape), ("lse", lse, statistics)):
-        if t.shape != shape:
-            raise ValueError(f"attention_backward: {name} must be {tuple(shape)}, got {tuple(t.shape)}")
+    wide = statistics_type(q)
+    for name, t, shape, kind in (
+        ("dout", dout, q.shape, q.dtype), ("out", out, q.shape, q.dtype), ("lse", lse, statistics, wide),
+    ):  # fmt: skip
+        if t.shape != shape or t.dtype != kind:
+            raise ValueError(
+                f"attention_backward: {name} must be {kind} {tuple(shape)}, got {t.dtype} {tuple(t.shape)}"
+            )
+    _checks.one_device("attention_backward", q=q, dout=dout, out=out, lse=lse)
     with torch.no_grad():
         chosen = choose("attention_backward", impl, q.device, dout, q, k, v, out, lse, case=case)
         grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = chosen.run(dout, q, k, v, out, lse, case=case)
@@ -160,12 +167,15 @@ def _resolve(
         raise ValueError(f"{operator}: shapes must be {form}, with k and v alike; got {shapes}")
     if rank == 4 and q.shape[0] != k.shape[0]:
         raise ValueError(f"{operator}: q and k have different batch sizes; got {shapes}")
+    if q.shape[-1] == 0:
+        raise ValueError(f"{operator}: head_dim is 0; it must be at least 1; got {shapes}")
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"{operator}: {q.shape[-2]} query heads must be a multiple of {k.shape[-2]} key heads")
     if cu_seqlens_k is not None and cu_seqlens is None:
         raise ValueError(f"{operator}: cu_seqlens_k is given without cu_seqlens")
     bounds_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     if cu_seqlens is not None and bounds_k is not None:
+        _checks.one_device(operator, q=q, cu_seqlens=cu_seqlens, cu_seqlens_k=bounds_k)
         _checks.cu_seqlens(operator, "cu_seqlens", cu_seqlens, q.shape[0], max_seqlen)
         _checks.cu_seqlens(operator, "cu_seqlens_k", bounds_k, k.shape[0])
         if cu_seqlens.shape != bounds_k.shape:
@@ -178,6 +188,8 @@ def _resolve(
             raise ValueError(f"{operator}: window {side}={size}; allowed: an integer from 0 on, None for unbounded")
     _checks.positive_cap(operator, softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not math.isfinite(scale):
+        raise ValueError(f"{operator}: scale={scale}; it must be finite")
     return _Case(causal, cu_seqlens, bounds_k, (left, right), softcap, scale, return_lse, max_seqlen)
 
 

@@ -33,7 +33,7 @@ def cross_entropy(
     `z_loss` adds z · lse² (arXiv:2204.02311, section 5); `softcap` c caps logits to c · tanh(x / c)."""
     _checks.floating("cross_entropy", logits=logits)
     _checks.targets("cross_entropy", logits, targets)
-    _checks.loss_options("cross_entropy", reduction, label_smoothing, softcap)
+    _checks.loss_options("cross_entropy", reduction, z_loss, label_smoothing, softcap)
     _checks.target_range("cross_entropy", targets, logits.shape[1], ignore_index)
     options = {
         "ignore_index": ignore_index,
@@ -63,6 +63,7 @@ def ce_stats(
     _checks.floating("ce_stats", logits=logits)
     _checks.targets("ce_stats", logits, targets)
     _checks.positive_cap("ce_stats", softcap)
+    _checks.at_least("ce_stats", 0, vocab_start=vocab_start)
     with torch.no_grad():
         chosen = choose("ce_stats", impl, logits.device, logits, targets, vocab_start, softcap=softcap)
         stats: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = chosen.run(
@@ -90,11 +91,14 @@ def ce_grad(
     _checks.floating("ce_grad", logits=logits, lse=lse)
     _checks.targets("ce_grad", logits, targets)
     _checks.positive_cap("ce_grad", softcap)
+    _checks.at_least("ce_grad", 0, vocab_start=vocab_start, z_loss=z_loss)
     rows = logits.shape[:1]
     if lse.shape != rows:
         raise ValueError(f"ce_grad: lse must be ({rows[0]},), got {tuple(lse.shape)}")
     if isinstance(scale, torch.Tensor) and scale.shape not in ((), rows):
         raise ValueError(f"ce_grad: scale must be a number or ({rows[0]},), got {tuple(scale.shape)}")
+    if isinstance(scale, torch.Tensor):
+        _checks.one_device("ce_grad", logits=logits, scale=scale)
     if out is not None and (out.shape != logits.shape or out.dtype != logits.dtype):
         raise ValueError(
             f"ce_grad: out is {out.dtype} {tuple(out.shape)}; it must be like logits {tuple(logits.shape)}"

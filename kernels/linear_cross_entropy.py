@@ -64,8 +64,11 @@ def linear_cross_entropy(
         raise ValueError(
             f"linear_cross_entropy: x must be (T, M) and weight (V, M), got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
+    if 0 in (weight.shape[0], x.shape[1]):
+        raise ValueError(f"linear_cross_entropy: weight is {tuple(weight.shape)}; V and M must be at least 1")
     _checks.targets("linear_cross_entropy", x, targets)
-    _checks.loss_options("linear_cross_entropy", reduction, label_smoothing, softcap)
+    _checks.loss_options("linear_cross_entropy", reduction, z_loss, label_smoothing, softcap)
+    _checks.at_least("linear_cross_entropy", 0, vocab_start=vocab_start)
     if combine is None:
         _checks.target_range("linear_cross_entropy", targets, weight.shape[0], ignore_index)
     elif label_smoothing:

@@ -42,6 +42,7 @@ def adamw_step(
     _check_lists(lists | ({} if masters is None else {"masters": masters}))
     if step < 1:
         raise ValueError(f"adamw_step: step={step}; steps count from 1")
+    _checks.at_least("adamw_step", 0, lr=lr, eps=eps, weight_decay=weight_decay)
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"adamw_step: betas={betas}; allowed: [0, 1)")
     if isinstance(clip_coef, torch.Tensor) and clip_coef.numel() != 1:

@@ -31,6 +31,8 @@ def rms_norm(
     _checks.floating("rms_norm", **tensors)
     if x.dim() < 1 or weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight must be ({x.shape[-1] if x.dim() else 'M'},), got {tuple(weight.shape)}")
+    _checks.at_least("rms_norm", 0, eps=eps)
+    _checks.at_least("rms_norm", 1, M=x.shape[-1])
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"rms_norm: residual must be {x.dtype} {tuple(x.shape)} like x, "

@@ -46,6 +46,20 @@ Q, KEY, V = torch.ones(1, 4, 4, 8).double(), torch.ones(1, 4, 2, 8).double(), to
             "different numbers of documents",
         ),
         ((Q, KEY, V), {"cu_seqlens_k": torch.tensor([0, 4], dtype=torch.int32)}, "without cu_seqlens"),
+        ((Q[..., :0], KEY[..., :0], V[..., :0]), {}, "head_dim is 0; it must be at least 1"),
+        ((Q[:, :, :0], KEY[:, :, :0], V[:, :, :0]), {}, "0 query heads must be a multiple of 0"),
+        ((Q, KEY.to("meta"), V), {}, "tensors on different devices: q on cpu, k on meta, v on cpu"),
+        ((Q, KEY, V), {"scale": float("nan")}, "scale=nan; it must be finite"),
+        (
+            (Q[0], KEY[0], V[0]),
+            {"cu_seqlens": torch.tensor([0, 4]).int().to("meta"), "max_seqlen": 4},
+            "q on cpu, cu_seqlens on meta",
+        ),
+        (
+            (Q[0], KEY[0], V[0]),
+            {"cu_seqlens": torch.tensor([0, 4]).int(), "max_seqlen": torch.tensor(4)},
+            r"max_seqlen=tensor\(4\); it must be an int of the host",
+        ),
     ],
 )
 def test_bad_input_is_named(args: tuple[torch.Tensor, ...], options: dict[str, Any], says: str) -> None:
@@ -71,10 +85,16 @@ def test_sdpa_is_refused_where_its_causal_mask_is_aligned_otherwise(packed: bool
 
 def test_bad_input_of_backward_is_named() -> None:
     out, lse = K.attention(Q, KEY, V, return_lse=True)
-    with pytest.raises(ValueError, match=r"attention_backward: dout must be \(1, 4, 4, 8\), got \(1, 3, 4, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"dout must be torch.float64 \(1, 4, 4, 8\), got torch.float64 \(1, 3, 4, 8\)"
+    ):
         K.attention_backward(out[:, :3], Q, KEY, V, out, lse)
-    with pytest.raises(ValueError, match=r"lse must be \(1, 4, 4\), got \(1, 4\)"):
+    with pytest.raises(ValueError, match=r"lse must be torch.float64 \(1, 4, 4\), got torch.float64 \(1, 4\)"):
         K.attention_backward(out, Q, KEY, V, out, lse[..., 0])
+    with pytest.raises(ValueError, match=r"out must be torch.float64 \(1, 4, 4, 8\), got torch.float32"):
+        K.attention_backward(out, Q, KEY, V, out.float(), lse)
+    with pytest.raises(ValueError, match="different devices: q on cpu, dout on meta"):
+        K.attention_backward(out.to("meta"), Q, KEY, V, out, lse)
 
 
 def test_explain_takes_the_public_arguments() -> None:

@@ -226,6 +226,9 @@ def test_softcap_of_the_halves(impl: str) -> None:
         (torch.ones(2, 3), torch.tensor([0, 1]), {"label_smoothing": 1.5}, r"label_smoothing=1.5; allowed: \[0, 1\]"),
         (torch.ones(2, 3), torch.tensor([0, 1]), {"softcap": 0.0}, "softcap=0.0; it must be positive"),
         (torch.ones(2, 3, dtype=torch.int64), torch.tensor([0, 1]), {}, "logits is torch.int64; allowed"),
+        (torch.ones(2, 0), torch.tensor([0, 0]), {}, r"logits \(2, 0\) have no class"),
+        (torch.ones(2, 3), torch.tensor([0, 1], device="meta"), {}, "logits on cpu, targets on meta"),
+        (torch.ones(2, 3), torch.tensor([0, 1]), {"z_loss": -1.0}, "z_loss=-1.0; it must be at least 0"),
     ],
 )
 def test_bad_input_is_named(logits: torch.Tensor, targets: torch.Tensor, options: dict[str, Any], says: str) -> None:
@@ -243,6 +246,8 @@ LOGITS = torch.ones(2, 3)
         (torch.ones(2), torch.ones(2, 1), None, r"scale must be a number or \(2,\), got \(2, 1\)"),
         (torch.ones(2), 1.0, torch.ones(3, 2), "out is torch.float32"),
         (torch.ones(2), 1.0, torch.ones(2, 3).double(), "out is torch.float64"),
+        (torch.ones(2, device="meta"), 1.0, None, "logits on cpu, lse on meta"),
+        (torch.ones(2), torch.ones(2, device="meta"), None, "logits on cpu, scale on meta"),
     ],
 )
 def test_bad_input_of_the_backward_half_is_named(

@@ -112,5 +112,7 @@ def test_bad_shapes_of_elementwise_operators_are_named() -> None:
         K.rotary(torch.ones(1, 4, 2, 8), torch.ones(1, 5, 2, 8), torch.ones(4, 4), torch.ones(4, 4))
     with pytest.raises(ValueError, match=r"cos and sin must be \(4, R/2\)"):
         K.rotary(torch.ones(1, 4, 2, 8), torch.ones(1, 4, 2, 8), torch.ones(3, 4), torch.ones(3, 4))
+    with pytest.raises(TypeError, match="gate is list; it must be a tensor"):
+        K.swiglu([1.0], torch.ones(1))
     with pytest.raises(ValueError, match="with R ≤ 8"):
         K.rotary(torch.ones(1, 4, 2, 8), torch.ones(1, 4, 2, 8), torch.ones(4, 5), torch.ones(4, 5))

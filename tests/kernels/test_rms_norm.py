@@ -113,11 +113,18 @@ def test_no_rows_give_a_weight_gradient_of_zeros(impl: str) -> None:
         (torch.ones(2, 4, dtype=torch.int64), torch.ones(4), None, "x is torch.int64; allowed"),
         (torch.ones(2, 4), torch.ones(4), torch.ones(2, 3), "residual must be"),
         (torch.ones(2, 4), torch.ones(4), torch.ones(2, 4).double(), "residual must be torch.float32"),
+        (torch.ones(2, 0), torch.ones(0), None, "M=0; it must be at least 1"),
+        (torch.ones(2, 4), torch.ones(4, device="meta"), None, "x on cpu, weight on meta"),
     ],
 )
 def test_bad_input_is_named(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor | None, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         K.rms_norm(x, w, eps=EPS, residual=r)
+
+
+def test_a_negative_eps_is_named() -> None:
+    with pytest.raises(ValueError, match=r"eps=-1\.0; it must be at least 0"):
+        K.rms_norm(torch.ones(2, 4), torch.ones(4), eps=-1.0)
 
 
 def test_without_the_library_the_reference_runs_and_says_once_what_is_missing() -> None:
