@@ -93,6 +93,7 @@ TABLE: dict[tuple[str, int, int], Rows] = {
     ("attention forward", 90, 2): (
         (64, Launch(128, 8, 3, block_n=64)),
         (128, Launch(128, 8, 2, block_n=64)),
+        (160, Launch(128, 8, 2, block_n=64)),
         (192, Launch(128, 8, 2, block_n=32)),
         (256, Launch(64, 8, 2, block_n=32)),
     ),
