@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("opencoder.tools.convert_checkpoint", "checkpoints to and from Hugging Face format"),
     "generate": ("opencoder.tools.generate", "text from a native or Hugging Face checkpoint"),
     "check-triton": ("opencoder.tools.check_triton", "compile the Triton kernels for GPUs without one"),
+    "tune-kernels": ("opencoder.tools.tune_kernels", "find launch settings of the Triton kernels"),
     "demo": ("opencoder.tools.demo", "the whole path on the Python standard library, in minutes"),
     "bench-kernels": ("opencoder.tools.bench_kernels", "the kernels beside eager torch, torch.compile and others"),
     "bench-train": ("opencoder.tools.bench_train", "training speed and memory beside transformers"),

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 from opencoder.console import Parser, ProgressBar, run
 from opencoder.errors import UserError
 from opencoder.files import write_json
-
-from . import check_triton
+from opencoder.tools import check_triton
 
 
 class Task(NamedTuple):
