@@ -12,6 +12,7 @@ import torch
 
 from opencoder.errors import UserError
 from opencoder.tools import bench_kernels, tune_kernels
+from opencoder.tools.kernel_bench import eager
 from opencoder.tools.kernel_bench.cases import Case, all_cases
 from opencoder.tools.kernel_bench.goals import goals_of
 from opencoder.tools.kernel_bench.measure import peak_extra, quantiles
@@ -92,6 +93,7 @@ def test_goals_hold_for_rows_of_their_size() -> None:
     assert [g.contender for g in found["linear_cross_entropy 4096x512x96640 float32 fwd+bwd"]] == [
         "eager",
         "F.linear_cross_entropy",
+        "eager",
     ]
 
 
@@ -108,6 +110,22 @@ def test_goals_are_judged_by_the_best_times_and_against_the_limit() -> None:
     assert judged is not None
     assert judged["met"]
     assert bench_kernels.judge(Goal("x", False, "liger", 1.0), row) is None
+    row["contenders"]["ours"]["peak_bytes"], row["contenders"]["eager"]["peak_bytes"] = 10, 30
+    judged = bench_kernels.judge(Goal("x", False, "eager", 4.0, peak=True), row)
+    assert judged is not None
+    assert (judged["ratio"], judged["met"]) == (3.0, False)
+
+
+def test_the_truth_in_parts_is_the_plain_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 8, generator=generator).double().requires_grad_() for n in (1100, 30))
+    targets = torch.randint(0, 30, (1100,), generator=generator)
+    for a, b in zip(
+        torch.autograd.grad(eager.linear_cross_entropy(x, w, targets=targets), (x, w)),
+        torch.autograd.grad(eager.linear_cross_entropy_in_parts(x, w, targets=targets), (x, w)),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
 def test_peak_memory_counts_what_is_needed_beyond_what_is_there() -> None:

@@ -22,6 +22,8 @@ class Goal(NamedTuple):
     row: str = "ours"
     shape: str = ""
     """Only for shapes that begin so."""
+    peak: bool = False
+    """Of peak bytes instead of times: the contender's over that of `row`."""
 
 
 CPU: tuple[Goal, ...] = (
@@ -40,6 +42,7 @@ CPU: tuple[Goal, ...] = (
     Goal("cross_entropy", True, "compile", 2.5, shape="512x8192"),
     Goal("linear_cross_entropy", True, "eager", 1 / 1.05),
     Goal("linear_cross_entropy", True, "F.linear_cross_entropy", 1.0),
+    Goal("linear_cross_entropy", True, "eager", 4.0, peak=True),
     Goal("packed attention", True, "dense mask", 2.5, shape="8 x 128 8/8x64"),
 )
 
