@@ -50,6 +50,7 @@ demo: setup
 	$(BIN)/opencoder demo --output demo
 
 bench: setup-dev
+	$(BIN)/opencoder bench-kernels
 	$(BIN)/opencoder bench-train
 	$(BIN)/opencoder bench-corpus
 	$(BIN)/opencoder bench-preprocess

@@ -4,7 +4,10 @@ csrc/text -> opencoder/_text.*.so    text engine, pybind11, no torch
 csrc/ops  -> opencoder/_ops.*.so     CPU operators on torch's stable ABI, loaded with torch.ops.load_library
 
 Neither is needed to install or to run: without a compiler the package falls back to its reference implementations and
-says so once. OPENCODER_NO_EXT=1 skips both; OPENCODER_REQUIRE_EXT=1 makes a failed build an error (CI sets it)."""
+says so once. OPENCODER_NO_EXT=1 skips both; OPENCODER_REQUIRE_EXT=1 makes a failed build an error (CI sets it).
+
+Nothing is built for CUDA, with or without nvcc: the Triton kernels need no build, and what they leave out, matrix products
+and dense attention, is cuBLAS's and cuDNN's."""
 
 import glob
 import os

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +159,16 @@ def test_every_order_ends_with_the_reference_and_names_what_is_registered() -> N
 
 def test_a_device_without_a_list_runs_the_reference() -> None:
     assert _dispatch.order_of("swiglu", torch.device("meta"), X, X) == ("reference",)
+
+
+def test_the_documented_table_is_the_registry() -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    table = docs.split("## Implementations")[1].split("\n- ")[0]
+    rows = {cells[0].strip(" `"): cells for line in table.splitlines() if len(cells := line.strip("|").split("|")) == 8}
+    for operator, implementations in _dispatch._REGISTRY.items():
+        _, reference, cpp, triton, torch_, others, cpu, gpu = (cell.strip() for cell in rows[operator])
+        own = {"reference": reference, "cpp": cpp, "triton": triton, "torch": torch_}
+        named = {name for name, cell in own.items() if cell} | {n.strip(" `") for n in others.split(",") if n}
+        assert named == set(implementations), operator
+        assert cpu == ", ".join(_dispatch.ORDER[operator]["cpu"]), operator
+        assert gpu.split(";")[0] == ", ".join(_dispatch.ORDER[operator]["cuda"]), operator

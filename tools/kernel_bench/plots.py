@@ -24,7 +24,7 @@ def draw(rows: list[dict[str, Any]], folder: Path, title: str) -> list[Path]:
             if not chosen:
                 continue
             names = list(dict.fromkeys(n for r in chosen for n in r["contenders"]))
-            figure, axis = plt.subplots(figsize=(max(6.0, 1.6 + 1.5 * len(chosen)), 4.2), layout="constrained")
+            figure, axis = plt.subplots(figsize=(max(8.0, 3.0 + 1.5 * len(chosen)), 4.2), layout="constrained")
             width = 0.8 / len(names)
             for i, name in enumerate(names):
                 at = [x + (i - (len(names) - 1) / 2) * width for x, r in enumerate(chosen) if name in r["contenders"]]
@@ -34,10 +34,11 @@ def draw(rows: list[dict[str, Any]], folder: Path, title: str) -> list[Path]:
             for n, (x, limit) in enumerate(limits):
                 label = f"measured {chosen[x]['limit']}" if n == 0 else "_"  # one entry in the legend
                 axis.hlines(limit, x - 0.42, x + 0.42, colors="#c23b22", linestyles="dashed", label=label)
-            axis.set_xticks(range(len(chosen)), [r["shape"].replace(" ", "\n", 1) for r in chosen], fontsize=8)
+            axis.set_xticks(range(len(chosen)), ["\n".join(r["shape"].rsplit(" ", 1)) for r in chosen], fontsize=8)
             axis.set_ylabel(chosen[0]["unit"])
-            axis.set_title(f"{operator}, {'forward and backward' if backward else 'forward'}: {title}", fontsize=9)
-            axis.legend(fontsize=8)
+            axis.set_title(f"{operator}, {'forward and backward' if backward else 'forward'}\n{title}", fontsize=9)
+            axis.margins(y=0.15)
+            axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside, where it hides nothing
             axis.spines[["top", "right"]].set_visible(False)
             name = f"{operator} {'fwd-bwd' if backward else 'forward'}".replace(" ", "_").replace("+", "")
             path = folder / f"{name}.png"
