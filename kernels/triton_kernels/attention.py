@@ -1,5 +1,5 @@
-"""Attention in Triton: packed documents or dense, causal or not, sliding window, softcap, grouped query heads; backward
-in two passes, one owning rows of dq and one rows of dk and dv, so nothing is added atomically and the bits repeat.
+"""Attention in Triton: packed documents or dense, causal or not, sliding window, softcap, grouped query heads. The forward
+kernel and the launchers; the backward kernels are in attention_backward.py.
 
 Online softmax (arXiv:2205.14135, 2307.08691). Tiles outside the mask are not visited; only tiles on its edge are
 masked. A head dim that is not a power of two is held as two: 160 = 128 + 32, not 256, so nothing is computed twice."""
@@ -13,72 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention_backward import delta_kernel, dkdv_kernel, dq_kernel
+from .attention_tiles import LOG2E, bounds_of, capped, dot, load_rows, statistics_at, store_rows, visible
 from .configs import Launch, settings
 from .launching import Variant, capability, on_device, options, real_of
 
 DELTA_ROWS = 16
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _bounds(cu_ptr, document, length, PACKED: tl.constexpr):
-    """First token and length of a document; dense ones have one length."""
-    if PACKED:
-        begin = tl.load(cu_ptr + document).to(tl.int64)
-        length = (tl.load(cu_ptr + document + 1) - begin).to(tl.int32)
-    else:
-        begin = document.to(tl.int64) * length
-    return begin, length
-
-
-@triton.jit
-def _load(base, rows, count, stride, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Dims [START, START + WIDTH) of `rows` of a head, 0 beyond `count` rows and D dims."""
-    column = START + tl.arange(0, WIDTH)
-    at = base + rows.to(tl.int64)[:, None] * stride + column[None, :]
-    inside = rows[:, None] < count
-    if START + WIDTH > D:
-        inside = inside & (column[None, :] < D)
-    return tl.load(at, mask=inside, other=0.0)
-
-
-@triton.jit
-def _store(base, rows, count, stride, values, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    column = START + tl.arange(0, WIDTH)
-    at = base + rows.to(tl.int64)[:, None] * stride + column[None, :]
-    inside = rows[:, None] < count
-    if START + WIDTH > D:
-        inside = inside & (column[None, :] < D)
-    tl.store(at, values.to(base.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _dot(a, b, REAL: tl.constexpr):
-    """fp32 as three tf32 products, whose error is fp32's own: exact ones have no tensor core and spill."""
-    if a.dtype == tl.float32:
-        return tl.dot(a, b, input_precision="tf32x3", out_dtype=REAL)
-    return tl.dot(a, b, input_precision="ieee", out_dtype=REAL)
-
-
-@triton.jit
-def _cap(scores, softcap):
-    """softcap · tanh(scores / softcap), and the tanh; written with a sigmoid, which every backend has."""
-    tanh = 2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0
-    return softcap * tanh, tanh
-
-
-@triton.jit
-def _visible(query, key, sq, sk, left, right, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Whether queries may see keys, both already broadcast against each other; positions within the document."""
-    distance = key - (query + (sk - sq))
-    seen = (key < sk) & (query < sq)
-    if CAUSAL:
-        seen = seen & (distance <= 0)
-    if LEFT:
-        seen = seen & (distance >= -left)
-    if RIGHT:
-        seen = seen & (distance <= right)
-    return seen
 
 
 @triton.jit
@@ -88,26 +28,26 @@ def _forward_tile(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     columns = start + tl.arange(0, BLOCK_N)
-    scores = _dot(q1, tl.trans(_load(k_base, columns, sk, k_stride, 0, D1, D)), REAL)
+    scores = dot(q1, tl.trans(load_rows(k_base, columns, sk, k_stride, 0, D1, D)), REAL)
     if D2 > 0:
-        scores += _dot(q2, tl.trans(_load(k_base, columns, sk, k_stride, D1, D2, D)), REAL)
+        scores += dot(q2, tl.trans(load_rows(k_base, columns, sk, k_stride, D1, D2, D)), REAL)
     scores = scores * scale
     if SOFTCAP:
-        scores, _ = _cap(scores, softcap)
+        scores, _ = capped(scores, softcap)
     scores = scores * LOG2E
     if MASKED:
-        seen = _visible(rows[:, None], columns[None, :], sq, sk, left, right, CAUSAL, LEFT, RIGHT)
+        seen = visible(rows[:, None], columns[None, :], sq, sk, left, right, CAUSAL, LEFT, RIGHT)
         scores = tl.where(seen, scores, float("-inf"))
     top = tl.maximum(highest, tl.max(scores, 1))
     shift = tl.where(top == float("-inf"), 0.0, top)
     p = tl.exp2(scores - shift[:, None])
     rescale = tl.exp2(highest - shift)
     total = total * rescale + tl.sum(p, 1)
-    v1 = _load(v_base, columns, sk, k_stride, 0, D1, D)
+    v1 = load_rows(v_base, columns, sk, k_stride, 0, D1, D)
     p = p.to(v1.dtype)
-    acc1 = acc1 * rescale[:, None] + _dot(p, v1, REAL)
+    acc1 = acc1 * rescale[:, None] + dot(p, v1, REAL)
     if D2 > 0:
-        acc2 = acc2 * rescale[:, None] + _dot(p, _load(v_base, columns, sk, k_stride, D1, D2, D), REAL)
+        acc2 = acc2 * rescale[:, None] + dot(p, load_rows(v_base, columns, sk, k_stride, D1, D2, D), REAL)
     return acc1, acc2, top, total
 
 
@@ -124,20 +64,20 @@ def forward_kernel(
     tile = tiles - 1 - program % tiles
     head = (program // tiles) % H
     document = program // (tiles * H)
-    q_begin, sq = _bounds(cu_q_ptr, document, dense_q, PACKED)
-    k_begin, sk = _bounds(cu_k_ptr, document, dense_k, PACKED)
+    q_begin, sq = bounds_of(cu_q_ptr, document, dense_q, PACKED)
+    k_begin, sk = bounds_of(cu_k_ptr, document, dense_k, PACKED)
     if tile * BLOCK_M >= sq:
         return
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q_base = q_ptr + (q_begin * H + head) * D
     k_base = k_ptr + (k_begin * G + head // (H // G)) * D
     v_base = v_ptr + (k_begin * G + head // (H // G)) * D
-    q1 = _load(q_base, rows, sq, H * D, 0, D1, D)
+    q1 = load_rows(q_base, rows, sq, H * D, 0, D1, D)
     q2 = q1
     acc1 = tl.zeros((BLOCK_M, D1), dtype=REAL)
     acc2 = acc1
     if D2 > 0:
-        q2 = _load(q_base, rows, sq, H * D, D1, D2, D)
+        q2 = load_rows(q_base, rows, sq, H * D, D1, D2, D)
         acc2 = tl.zeros((BLOCK_M, D2), dtype=REAL)
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=REAL)
     total = tl.zeros((BLOCK_M,), dtype=REAL)
@@ -180,197 +120,11 @@ def forward_kernel(
     inverse = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
     lse = tl.where(empty, float("-inf"), (highest + tl.log2(tl.where(empty, 1.0, total))) / LOG2E)
     out_base = out_ptr + (q_begin * H + head) * D
-    _store(out_base, rows, sq, H * D, acc1 * inverse[:, None], 0, D1, D)
+    store_rows(out_base, rows, sq, H * D, acc1 * inverse[:, None], 0, D1, D)
     if D2 > 0:
-        _store(out_base, rows, sq, H * D, acc2 * inverse[:, None], D1, D2, D)
-    lse_base = _statistics(lse_ptr, document, head, q_begin, lse_stride, H, PACKED)
+        store_rows(out_base, rows, sq, H * D, acc2 * inverse[:, None], D1, D2, D)
+    lse_base = statistics_at(lse_ptr, document, head, q_begin, lse_stride, H, PACKED)
     tl.store(lse_base + rows, lse, mask=rows < sq)
-
-
-@triton.jit
-def _statistics(base, document, head, q_begin, stride, H: tl.constexpr, PACKED: tl.constexpr):
-    """Where a head's row statistics of a document begin: (H, T) packed, (B, H, S) dense."""
-    if PACKED:
-        at = (q_begin * 0 + head) * stride + q_begin  # int64 through q_begin
-    else:
-        at = (document.to(tl.int64) * H + head) * stride
-    return base + at
-
-
-@triton.jit
-def delta_kernel(
-    dout_ptr, out_ptr, dlse_ptr, delta_ptr, cu_q_ptr, dense_q, tiles, lse_stride,
-    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PACKED: tl.constexpr,
-    HAS_DLSE: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
-    """delta = Σ dout · out − dlse of each row."""
-    program = tl.program_id(0)
-    head = (program // tiles) % H
-    document = program // (tiles * H)
-    q_begin, sq = _bounds(cu_q_ptr, document, dense_q, PACKED)
-    rows = (program % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offset = (q_begin * H + head) * D
-    dout = _load(dout_ptr + offset, rows, sq, H * D, 0, BLOCK_D, D).to(REAL)
-    out = _load(out_ptr + offset, rows, sq, H * D, 0, BLOCK_D, D).to(REAL)
-    delta = tl.sum(dout * out, 1)
-    if HAS_DLSE:
-        dlse_base = _statistics(dlse_ptr, document, head, q_begin, lse_stride, H, PACKED)
-        delta -= tl.load(dlse_base + rows, mask=rows < sq, other=0.0)
-    delta_base = _statistics(delta_ptr, document, head, q_begin, lse_stride, H, PACKED)
-    tl.store(delta_base + rows, delta, mask=rows < sq)
-
-
-@triton.jit
-def dq_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, scale, softcap, left, right,
-    dense_q, dense_k, tiles, lse_stride,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    tile = tiles - 1 - program % tiles
-    head = (program // tiles) % H
-    document = program // (tiles * H)
-    q_begin, sq = _bounds(cu_q_ptr, document, dense_q, PACKED)
-    k_begin, sk = _bounds(cu_k_ptr, document, dense_k, PACKED)
-    if tile * BLOCK_M >= sq:
-        return
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_offset = (q_begin * H + head) * D
-    k_base = k_ptr + (k_begin * G + head // (H // G)) * D
-    v_base = v_ptr + (k_begin * G + head // (H // G)) * D
-    q1 = _load(q_ptr + q_offset, rows, sq, H * D, 0, D1, D)
-    g1 = _load(dout_ptr + q_offset, rows, sq, H * D, 0, D1, D)
-    q2, g2 = q1, g1
-    dq1 = tl.zeros((BLOCK_M, D1), dtype=REAL)
-    dq2 = dq1
-    if D2 > 0:
-        q2 = _load(q_ptr + q_offset, rows, sq, H * D, D1, D2, D)
-        g2 = _load(dout_ptr + q_offset, rows, sq, H * D, D1, D2, D)
-        dq2 = tl.zeros((BLOCK_M, D2), dtype=REAL)
-    lse = tl.load(
-        _statistics(lse_ptr, document, head, q_begin, lse_stride, H, PACKED) + rows, mask=rows < sq, other=0.0
-    )
-    delta = tl.load(
-        _statistics(delta_ptr, document, head, q_begin, lse_stride, H, PACKED) + rows, mask=rows < sq, other=0.0
-    )
-    lse = tl.where(lse == float("-inf"), 0.0, lse) * LOG2E
-
-    shift = sk - sq
-    first_row = tile * BLOCK_M
-    last_row = tl.minimum(first_row + BLOCK_M, sq) - 1
-    begin, end = 0, sk
-    if CAUSAL:
-        end = tl.minimum(end, last_row + shift + 1)
-    if RIGHT:
-        end = tl.minimum(end, last_row + shift + right + 1)
-    if LEFT:
-        begin = tl.maximum(begin, first_row + shift - left) // BLOCK_N * BLOCK_N
-    for start in range(begin, end, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        k1 = _load(k_base, columns, sk, G * D, 0, D1, D)
-        scores = _dot(q1, tl.trans(k1), REAL)
-        dp = _dot(g1, tl.trans(_load(v_base, columns, sk, G * D, 0, D1, D)), REAL)
-        k2 = k1
-        if D2 > 0:
-            k2 = _load(k_base, columns, sk, G * D, D1, D2, D)
-            scores += _dot(q2, tl.trans(k2), REAL)
-            dp += _dot(g2, tl.trans(_load(v_base, columns, sk, G * D, D1, D2, D)), REAL)
-        scores = scores * scale
-        slope = 1.0
-        if SOFTCAP:
-            scores, tanh = _cap(scores, softcap)
-            slope = 1.0 - tanh * tanh
-        seen = _visible(rows[:, None], columns[None, :], sq, sk, left, right, CAUSAL, LEFT, RIGHT)
-        p = tl.where(seen, tl.exp2(scores * LOG2E - lse[:, None]), 0.0)
-        ds = (p * (dp - delta[:, None]) * slope).to(k1.dtype)
-        dq1 += _dot(ds, k1, REAL)
-        if D2 > 0:
-            dq2 += _dot(ds, k2, REAL)
-    _store(dq_ptr + q_offset, rows, sq, H * D, dq1 * scale, 0, D1, D)
-    if D2 > 0:
-        _store(dq_ptr + q_offset, rows, sq, H * D, dq2 * scale, D1, D2, D)
-
-
-@triton.jit
-def dkdv_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr, scale, softcap, left, right,
-    dense_q, dense_k, tiles, lse_stride,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    tile = program % tiles  # the first tiles of a causal document are seen by most queries
-    kv_head = (program // tiles) % G
-    document = program // (tiles * G)
-    q_begin, sq = _bounds(cu_q_ptr, document, dense_q, PACKED)
-    k_begin, sk = _bounds(cu_k_ptr, document, dense_k, PACKED)
-    if tile * BLOCK_N >= sk:
-        return
-    columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_offset = (k_begin * G + kv_head) * D
-    k1 = _load(k_ptr + k_offset, columns, sk, G * D, 0, D1, D)
-    v1 = _load(v_ptr + k_offset, columns, sk, G * D, 0, D1, D)
-    k2, v2 = k1, v1
-    dk1 = tl.zeros((BLOCK_N, D1), dtype=REAL)
-    dv1 = tl.zeros((BLOCK_N, D1), dtype=REAL)
-    dk2, dv2 = dk1, dv1
-    if D2 > 0:
-        k2 = _load(k_ptr + k_offset, columns, sk, G * D, D1, D2, D)
-        v2 = _load(v_ptr + k_offset, columns, sk, G * D, D1, D2, D)
-        dk2 = tl.zeros((BLOCK_N, D2), dtype=REAL)
-        dv2 = tl.zeros((BLOCK_N, D2), dtype=REAL)
-
-    shift = sk - sq
-    first_key = tile * BLOCK_N
-    last_key = tl.minimum(first_key + BLOCK_N, sk) - 1
-    begin, end = 0, sq
-    if CAUSAL:
-        begin = tl.maximum(begin, first_key - shift)
-    if RIGHT:
-        begin = tl.maximum(begin, first_key - shift - right)
-    if LEFT:
-        end = tl.minimum(end, last_key - shift + left + 1)
-    begin = begin // BLOCK_M * BLOCK_M
-    for head in range(kv_head * (H // G), (kv_head + 1) * (H // G)):
-        q_offset = (q_begin * H + head) * D
-        lse_base = _statistics(lse_ptr, document, head, q_begin, lse_stride, H, PACKED)
-        delta_base = _statistics(delta_ptr, document, head, q_begin, lse_stride, H, PACKED)
-        for start in range(begin, end, BLOCK_M):
-            rows = start + tl.arange(0, BLOCK_M)
-            q1 = _load(q_ptr + q_offset, rows, sq, H * D, 0, D1, D)
-            g1 = _load(dout_ptr + q_offset, rows, sq, H * D, 0, D1, D)
-            scores = _dot(k1, tl.trans(q1), REAL)  # (keys, queries)
-            dp = _dot(v1, tl.trans(g1), REAL)
-            q2, g2 = q1, g1
-            if D2 > 0:
-                q2 = _load(q_ptr + q_offset, rows, sq, H * D, D1, D2, D)
-                g2 = _load(dout_ptr + q_offset, rows, sq, H * D, D1, D2, D)
-                scores += _dot(k2, tl.trans(q2), REAL)
-                dp += _dot(v2, tl.trans(g2), REAL)
-            lse = tl.load(lse_base + rows, mask=rows < sq, other=0.0)
-            delta = tl.load(delta_base + rows, mask=rows < sq, other=0.0)
-            lse = tl.where(lse == float("-inf"), 0.0, lse) * LOG2E
-            scores = scores * scale
-            slope = 1.0
-            if SOFTCAP:
-                scores, tanh = _cap(scores, softcap)
-                slope = 1.0 - tanh * tanh
-            seen = _visible(rows[None, :], columns[:, None], sq, sk, left, right, CAUSAL, LEFT, RIGHT)
-            p = tl.where(seen, tl.exp2(scores * LOG2E - lse[None, :]), 0.0)
-            dv1 += _dot(p.to(g1.dtype), g1, REAL)
-            ds = (p * (dp - delta[None, :]) * slope).to(q1.dtype)
-            dk1 += _dot(ds, q1, REAL)
-            if D2 > 0:
-                dv2 += _dot(p.to(g1.dtype), g2, REAL)
-                dk2 += _dot(ds, q2, REAL)
-    _store(dk_ptr + k_offset, columns, sk, G * D, dk1 * scale, 0, D1, D)
-    _store(dv_ptr + k_offset, columns, sk, G * D, dv1, 0, D1, D)
-    if D2 > 0:
-        _store(dk_ptr + k_offset, columns, sk, G * D, dk2 * scale, D1, D2, D)
-        _store(dv_ptr + k_offset, columns, sk, G * D, dv2, D1, D2, D)
 
 
 # ---- launchers ----
@@ -516,7 +270,7 @@ def _variants(
             constants | {"BLOCK_M": launch.block, "BLOCK_N": launch.block_n}, launch.warps, launch.stages,
             # A tile of few and short rows has less than 16 bytes for each thread.
             wide_loads=8 if d >= 64 else 1,
-            # fp32 is computed exactly, not on tensor cores; the backward of head dim 256 has no room for tiles of 64
+            # fp32 goes through tf32, whose instruction is another; the backward of head dim 256 has no room for tiles of 64
             # rows, which Hopper's instruction takes.
             tensor_cores=size == 2 and (which == "forward" or d <= 192),
         )  # fmt: skip
