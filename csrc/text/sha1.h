@@ -1,21 +1,21 @@
-// SHA-1 (FIPS 180-4) of short messages: only the first four digest bytes are wanted, as a little-endian number. Uses the
-// CPU's SHA instructions where it has them.
+// SHA-1 (FIPS 180-4), one message at a time: portable, or with the CPU's SHA instructions. Many short messages at once are
+// faster still with AVX-512: sha1_lanes.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define SHA1_HAVE_NI 1
-#endif
+#include "cpu.h"
 
 namespace sha1 {
+
+constexpr uint32_t kStart[5] = {0x67452301u, 0xefcdab89u, 0x98badcfeu, 0x10325476u, 0xc3d2e1f0u};
 
 inline uint32_t rotate(uint32_t x, int n) { return (x << n) | (x >> (32 - n)); }
 inline uint32_t big_endian(const uint8_t* p) {
     return uint32_t(p[0]) << 24 | uint32_t(p[1]) << 16 | uint32_t(p[2]) << 8 | uint32_t(p[3]);
 }
+inline uint32_t swap_bytes(uint32_t h) { return h >> 24 | (h >> 8 & 0xff00u) | (h << 8 & 0xff0000u) | h << 24; }
 
 inline void block_portable(uint32_t state[5], const uint8_t* data) {
     uint32_t w[80];
@@ -34,7 +34,7 @@ inline void block_portable(uint32_t state[5], const uint8_t* data) {
     state[0] += a, state[1] += b, state[2] += c, state[3] += d, state[4] += e;
 }
 
-#ifdef SHA1_HAVE_NI
+#ifdef OPENCODER_X86
 // Twenty groups of four rounds. Message words are kept in a ring of four registers; from group 4 on each is made from the
 // four before it.
 template <int Group>
@@ -71,35 +71,29 @@ __attribute__((target("sha,sse4.1"))) inline void block_ni(uint32_t state[5], co
 }
 #endif
 
-using Block = void (*)(uint32_t*, const uint8_t*);
-
-// `allow_ni` false forces the portable version, so that a test can compare the two.
-inline Block choose(bool allow_ni = true) {
-#ifdef SHA1_HAVE_NI
-    __builtin_cpu_init();
-    uint32_t eax = 7, ebx = 0, ecx = 0, edx = 0;  // CPUID leaf 7, EBX bit 29: SHA; __builtin_cpu_supports lacks "sha"
-    __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-    if (allow_ni && (ebx >> 29 & 1) && __builtin_cpu_supports("sse4.1")) return block_ni;
+inline void block(uint32_t state[5], const uint8_t* data) {
+#ifdef OPENCODER_X86
+    if (cpu::has_sha()) return block_ni(state, data);
 #endif
-    return block_portable;
+    block_portable(state, data);
 }
 
-// First four bytes of the digest as a little-endian number.
-inline uint32_t first_word(const uint8_t* data, size_t size, Block block) {
-    uint32_t state[5] = {0x67452301u, 0xefcdab89u, 0x98badcfeu, 0x10325476u, 0xc3d2e1f0u};
+// 64-byte blocks of a padded message.
+inline size_t blocks_of(size_t size) { return (size + 8) / 64 + 1; }
+
+inline void digest(const uint8_t* data, size_t size, uint32_t state[5]) {
+    std::memcpy(state, kStart, sizeof kStart);
     size_t at = 0;
     for (; at + 64 <= size; at += 64) block(state, data + at);
     uint8_t tail[128] = {};
     const size_t rest = size - at;
-    std::memcpy(tail, data + at, rest);
+    if (rest != 0) std::memcpy(tail, data + at, rest);  // data may be null where size is 0
     tail[rest] = 0x80;
     const size_t padded = rest < 56 ? 64 : 128;
     const uint64_t bits = uint64_t(size) * 8;
     for (int i = 0; i < 8; ++i) tail[padded - 1 - i] = static_cast<uint8_t>(bits >> (8 * i));
     block(state, tail);
     if (padded == 128) block(state, tail + 64);
-    const uint32_t h = state[0];
-    return h >> 24 | (h >> 8 & 0xff00u) | (h << 8 & 0xff0000u) | h << 24;
 }
 
 }  // namespace sha1

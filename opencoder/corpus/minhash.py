@@ -12,9 +12,10 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from opencoder.native import text_engine
@@ -25,6 +26,32 @@ EMPTY = 0xFFFFFFFF
 """Value of every slot of a text without tokens."""
 _MASK = (1 << 64) - 1
 _BASE = 0x9E3779B97F4A7C15
+
+
+Texts: TypeAlias = Sequence[str] | pa.Array | pa.ChunkedArray
+"""A batch of texts: strings, or an Arrow column of them, of which no Python object is made per text. Null is empty."""
+
+
+def strings(texts: Iterable[str] | Texts) -> list[str]:
+    """The texts as a list of str."""
+    if isinstance(texts, pa.Array | pa.ChunkedArray):
+        return [text or "" for text in texts.to_pylist()]
+    return texts if isinstance(texts, list) else list(texts)
+
+
+def engine_texts(texts: Iterable[str] | Texts) -> Any:
+    """What the C++ engine takes as texts: a list of str, or (offsets, bytes) of an Arrow column."""
+    if isinstance(texts, pa.ChunkedArray):
+        texts = texts.combine_chunks()
+    if not isinstance(texts, pa.Array):
+        return strings(texts)
+    if not pa.types.is_large_string(texts.type):
+        texts = texts.cast(pa.large_string())
+    _, offsets, data = texts.buffers()
+    if len(texts) == 0 or offsets is None:
+        return (np.zeros(len(texts) + 1, np.int64), b"")
+    found = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    return (found, b"" if data is None else data)
 
 
 def tokens(text: str) -> list[str]:
@@ -42,28 +69,32 @@ def shingles(text: str, ngram: int) -> set[bytes]:
 
 
 def signatures(
-    texts: Iterable[str], *, num_perm: int, ngram: int, scheme: str = "affine32", seed: int = 1
+    texts: Iterable[str] | Texts, *, num_perm: int, ngram: int, scheme: str = "affine32", seed: int = 1
 ) -> NDArray[Any]:
     """(documents, num_perm) signatures of texts: uint32, or uint64 for `legacy`. Raises ValueError for a bad argument."""
-    _check(num_perm, scheme, ngram)
-    a, b = permutations(num_perm, "affine32" if scheme == "fast" else scheme, seed)
+    check_arguments(num_perm, scheme, ngram)
+    a, b = permutations_of(num_perm, scheme, seed)
     engine = _engine()
     if engine is not None:
-        lowered = [text.lower().encode("utf-8", "surrogatepass") for text in texts]
-        found: NDArray[Any] = engine.minhash_texts(lowered, a, b, ngram, scheme)
+        found: NDArray[Any] = engine.minhash_texts(engine_texts(texts), a, b, ngram, scheme)
         return found
+    return plain_signatures(strings(texts), a, b, ngram, scheme)
+
+
+def plain_signatures(
+    texts: Sequence[str], a: NDArray[np.uint64], b: NDArray[np.uint64], ngram: int, scheme: str
+) -> NDArray[Any]:
+    """(documents, len(a)) signatures under the given permutations, without the C++ engine."""
     if scheme == "fast":
-        return np.stack([_fast_row(text, ngram, a, b) for text in texts] or [np.empty(num_perm, np.uint32)][:0])
-    return signatures_of_shingles(
-        [shingles(text, ngram) for text in texts], num_perm=num_perm, scheme=scheme, seed=seed
-    )
+        return np.array([_fast_row(text, ngram, a, b) for text in texts], np.uint32).reshape(len(texts), len(a))
+    return _by_datasketch([shingles(text, ngram) for text in texts], a, b, scheme)
 
 
 def signatures_of_shingles(
     sets_of_bytes: Sequence[Iterable[bytes]], *, num_perm: int, scheme: str = "affine32", seed: int = 1
 ) -> NDArray[Any]:
     """(documents, num_perm) signatures of sets of shingles; `affine32` or `legacy`."""
-    _check(num_perm, scheme, 1)
+    check_arguments(num_perm, scheme, 1)
     if scheme == "fast":
         raise ValueError("scheme fast hashes tokens, not shingles: use affine32 or legacy")
     engine = _engine()
@@ -71,11 +102,19 @@ def signatures_of_shingles(
         a, b = permutations(num_perm, scheme, seed)
         found: NDArray[Any] = engine.minhash_shingles([list(s) for s in sets_of_bytes], a, b, scheme)
         return found
+    return _by_datasketch(sets_of_bytes, *permutations(num_perm, scheme, seed), scheme)
+
+
+def _by_datasketch(
+    sets_of_bytes: Sequence[Iterable[bytes]], a: NDArray[np.uint64], b: NDArray[np.uint64], scheme: str
+) -> NDArray[Any]:
     from datasketch import MinHash
 
-    rows = np.empty((len(sets_of_bytes), num_perm), np.uint64 if scheme == "legacy" else np.uint32)
+    dtype = np.uint64 if scheme == "legacy" else np.uint32
+    rows = np.empty((len(sets_of_bytes), len(a)), dtype)
+    ready = (a.astype(dtype), b.astype(dtype))
     for row, shingle_set in zip(rows, sets_of_bytes, strict=True):
-        sketch = MinHash(num_perm=num_perm, seed=seed, scheme=scheme)
+        sketch = MinHash(num_perm=len(a), scheme=scheme, permutations=ready)
         items = list(shingle_set)
         if items:
             sketch.update_batch(items)
@@ -83,11 +122,17 @@ def signatures_of_shingles(
     return rows
 
 
-def _check(num_perm: int, scheme: str, ngram: int) -> None:
+def check_arguments(num_perm: int, scheme: str, ngram: int) -> None:
+    """Raises ValueError where one is out of range."""
     if scheme not in SCHEMES:
         raise ValueError(f"scheme={scheme!r}; allowed: {', '.join(SCHEMES)}")
     if num_perm < 1 or ngram < 1:
         raise ValueError(f"num_perm={num_perm} and ngram={ngram} must be at least 1")
+
+
+def permutations_of(num_perm: int, scheme: str, seed: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Those of a scheme; `fast` has affine32's."""
+    return permutations(num_perm, "affine32" if scheme == "fast" else scheme, seed)
 
 
 @lru_cache(maxsize=16)
@@ -107,10 +152,14 @@ def permutations(num_perm: int, scheme: str, seed: int) -> tuple[NDArray[np.uint
 
 @cache
 def _engine() -> Any:
-    """The C++ engine with Python's own table of word characters, or None."""
+    """The C++ engine with Python's own tables of word characters and lower case, or None."""
     engine = text_engine()
     if engine is not None:
-        engine.set_word_table(bytes(chr(i).isalnum() or i == ord("_") for i in range(sys.maxunicode + 1)))
+        points = list(map(chr, range(sys.maxunicode + 1)))
+        word = bytearray(map(str.isalnum, points))
+        word[ord("_")] = 1
+        lower = [(i, low) for i, (c, low) in enumerate(zip(points, map(str.lower, points), strict=True)) if c != low]
+        engine.set_tables(bytes(word), lower)
     return engine
 
 
@@ -121,10 +170,12 @@ def _fmix64(h: int) -> int:
 
 
 def _token_hash(word: str) -> int:
-    h = 0xCBF29CE484222325
-    for byte in word.encode("utf-8", "surrogatepass"):
-        h = ((h ^ byte) * 0x100000001B3) & _MASK
-    return _fmix64(h)
+    data = word.encode("utf-8", "surrogatepass")
+    h = len(data) * _BASE & _MASK
+    for at in range(0, len(data), 8):
+        h = ((h ^ int.from_bytes(data[at : at + 8], "little")) * 0xFF51AFD7ED558CCD) & _MASK
+        h ^= h >> 32
+    return h * 0xC4CEB9FE1A85EC53 & _MASK
 
 
 def _fast_row(text: str, ngram: int, a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint32]:

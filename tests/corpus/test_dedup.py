@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 
 import numpy as np
@@ -9,6 +10,8 @@ import pyarrow as pa
 import pytest
 
 from opencoder.corpus import dedup, minhash
+from opencoder.corpus_config import DedupConfig
+from opencoder.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.fast
 
@@ -37,6 +40,51 @@ def test_keep_rule_is_stars_then_latest_commit_then_path() -> None:
 def test_singletons_are_kept() -> None:
     assert dedup.exact_duplicates(table([("x", 1, 1, "a"), ("y", 1, 1, "b")])) == {}
     assert dedup.exact_duplicates(table([])) == {}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_exact_groups_do_not_depend_on_the_order_of_rows(seed: int) -> None:
+    draw = random.Random(seed)
+    rows = [
+        (
+            hashlib.sha256(bytes([draw.randrange(6)])).hexdigest(),
+            draw.choice([None, 0, 5]),
+            draw.choice([None, 1, 2]),
+            f"p{i:03d}",
+        )
+        for i in range(50)
+    ]
+    best = {
+        each: min((r for r in rows if r[0] == each), key=lambda r: (-(r[1] or 0) if r[1] is not None else 1,
+                                                                     -r[2] if r[2] is not None else 1, r[3]))[3]
+        for each in {r[0] for r in rows}
+    }  # fmt: skip
+    order = draw.sample(rows, len(rows))
+    found = {order[a][3]: order[b][3] for a, b in dedup.exact_duplicates(table(order)).items()}
+    assert found == {r[3]: best[r[0]] for r in rows if r[3] != best[r[0]]}
+    # The same through 128-bit keys and forests, as the parts of a large corpus go.
+    numbers, keys = dedup.ranks(table(order)), dedup.id_keys(table(order)["id"])
+    parts = dedup.partition(dedup.full_entries(keys, numbers), 3)
+    forest = dedup.merge_forests([dedup.forest_of(part) for part in parts])
+    by_number = {int(number): row[3] for number, row in zip(numbers, order, strict=True)}
+    assert {by_number[b]: by_number[a] for a, b in forest.tolist()} == found
+
+
+def test_an_id_that_is_no_digest_is_named() -> None:
+    for wrong in ("x", None, "z" * 64):
+        with pytest.raises(DataError, match=f"id {wrong!r} is not a SHA-256 digest"):
+            dedup.id_keys(pa.array(["0" * 64, wrong]))
+
+
+def test_recipe_of_a_configuration() -> None:
+    assert dedup.recipe_of(DedupConfig()) == dedup.Recipe(16, 128, 5, "affine32", 1)
+    custom = DedupConfig(preset="custom", bands=3, rows=7, ngram=2, scheme="fast", seed=4)
+    assert dedup.recipe_of(custom) == dedup.Recipe(3, 7, 2, "fast", 4)
+    assert not dedup.recipe_of(DedupConfig(preset="datatrove")).progressive
+    with pytest.raises(ConfigError, match=r"preset=custom needs dedup\.bands and dedup\.rows"):
+        dedup.recipe_of(DedupConfig(preset="custom", bands=3))
+    with pytest.raises(ConfigError, match=r"belong to dedup\.preset=custom, not to bigcode"):
+        dedup.recipe_of(DedupConfig(preset="bigcode", rows=3))
 
 
 def near_copies(seed: int) -> list[str]:
