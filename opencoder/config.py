@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from .config_loading import parse_tree, read_tree
+from .config_loading import Branch, parse_tree, read_tree
+from .corpus_config import CorpusConfig
 from .errors import ConfigError
 
 VOCAB_MULTIPLE = 128
@@ -31,12 +32,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "opencoder-150m": dict(layers=12, hidden_size=768, heads=12, kv_heads=12, head_dim=64, ffn_size=2048,
                            vocab_size=96640, rope_theta=1e4, max_seq_len=2048),
 }  # fmt: skip
-
-
-class Branch(BaseModel):
-    """A branch of the tree: frozen, unknown keys refused, documented by the string under each field."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
 class HeadConfig(Branch):
@@ -247,49 +242,6 @@ class Config(Branch):
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-
-
-class ReadConfig(Branch):
-    """How inputs are taken apart."""
-
-    containers: bool = False
-    """Treat jsonl and parquet files inside input folders as containers of documents, not as files of their own."""
-
-
-class DedupConfig(Branch):
-    """Exact and near-duplicate removal."""
-
-    exact: bool = True
-    fuzzy: bool = True
-    preset: Literal["opencoder", "bigcode", "datatrove", "custom"] = "opencoder"
-    """Bands × rows: opencoder 16×128, bigcode 25×10, datatrove 14×8; custom: `bands` and `rows`."""
-    bands: int | None = Field(None, ge=1)
-    rows: int | None = Field(None, ge=1)
-    ngram: int = Field(5, ge=1)
-    """Tokens per shingle."""
-    scheme: Literal["affine32", "legacy", "fast"] = "affine32"
-    seed: int = 1
-
-
-class RulesConfig(Branch):
-    """Quality rules."""
-
-    enabled: bool = True
-
-
-class CorpusConfig(Branch):
-    """The configuration of `build-corpus`."""
-
-    max_bytes: int = Field(8_000_000, ge=1)
-    """Files larger than this are dropped."""
-    read: ReadConfig = ReadConfig()
-    dedup: DedupConfig = DedupConfig()
-    rules: RulesConfig = RulesConfig()
-    shard_bytes: int = Field(16_000_000, ge=1)
-    """Input bytes per task."""
-    seed: int = 1234
-    """Chooses the samples shown in the report."""
-    samples_per_rule: int = Field(3, ge=0)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import ConfigError, nearest
 
 Tree = TypeVar("Tree", bound=BaseModel)
+
+
+class Branch(BaseModel):
+    """A branch of the tree: frozen, unknown keys refused, documented by the string under each field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
 def read_tree(path: str | Path | None, overrides: list[str]) -> dict[str, Any]:
