@@ -1,4 +1,5 @@
-"""`opencoder bench-corpus`: MinHash, text to signature, beside datasketch, on the Python standard library's source.
+"""`opencoder bench-corpus`: speed per core of MinHash and of fuzzy dedup, text to groups, beside datasketch, and of signals with
+verdicts; on the Python standard library's source, the signals also on the files given with --input.
 
 One process, one thread; the sides alternate and the best of each counts. datasketch's time is given with and without
 its shingling, which it leaves to Python."""
@@ -6,96 +7,64 @@ its shingling, which it leaves to Python."""
 from __future__ import annotations
 
 import sysconfig
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from opencoder.console import Parser, ProgressBar, run
-from opencoder.errors import Failure
+from opencoder.console import Parser, run
 from opencoder.files import write_json
+from opencoder.tools import bench_signals
+from opencoder.tools.bench_dedup import NGRAM, dedup_rates, minhash_rates
 
-NGRAM = 5
+PARTS = ("minhash", "dedup", "signals")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the table."""
-    parser = Parser("bench-corpus", "MinHash speed per core beside datasketch 2.")
+    parser = Parser(
+        "bench-corpus", "Speed per core of MinHash and dedup beside datasketch 2, and of signals and verdicts."
+    )
+    parser.add_argument("--only", choices=PARTS, help="one part instead of all")
     parser.add_argument("--num-perm", type=int, default=2048, help="slots of a signature")
-    parser.add_argument("--megabytes", type=float, default=2.0, help="text to use")
+    parser.add_argument("--megabytes", type=float, default=2.0, help="text for MinHash, and for datasketch throughout")
+    parser.add_argument("--dedup-megabytes", type=float, default=20.0, help="text for our dedup")
+    parser.add_argument("--input", nargs="+", help="folders or files for the signals; default: the standard library")
+    parser.add_argument("--signal-megabytes", type=float, default=20.0, help="text for the signals")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each; the best counts")
     parser.add_argument("--json", help="file for the numbers")
     args = parser.parse_args(argv)
 
-    from opencoder.corpus import minhash
     from opencoder.native import text_engine
 
-    texts = source_texts(args.megabytes)
-    megabytes = sum(len(t.encode()) for t in texts) / 1e6
-    prepared = [list(minhash.shingles(t, NGRAM)) for t in texts]
-
-    def ours(scheme: str) -> Any:
-        return minhash.signatures(texts, num_perm=args.num_perm, ngram=NGRAM, scheme=scheme)
-
-    def shingling(scheme: str) -> Any:
-        return datasketch_signatures([list(minhash.shingles(t, NGRAM)) for t in texts], args.num_perm, scheme)
-
-    def given(scheme: str) -> Any:
-        return datasketch_signatures(prepared, args.num_perm, scheme)
-
-    sides: dict[str, Callable[[], Any]] = {f"ours {s}": partial(ours, s) for s in minhash.SCHEMES}
-    for scheme in ("affine32", "legacy"):
-        sides[f"datasketch {scheme}"] = partial(shingling, scheme)
-        sides[f"datasketch {scheme}, shingles given"] = partial(given, scheme)
-    for scheme in ("affine32", "legacy"):
-        if sides[f"ours {scheme}"]().tolist() != sides[f"datasketch {scheme}, shingles given"]():
-            raise Failure(f"{scheme}: our signatures differ from datasketch's")
-    best = dict.fromkeys(sides, float("inf"))
-    with ProgressBar("bench", total=args.rounds * len(sides), unit="runs") as bar:
-        for _ in range(args.rounds):
-            for name, side in sides.items():
-                start = time.perf_counter()
-                side()
-                best[name] = min(best[name], time.perf_counter() - start)
-                bar.advance()
-    rates = {name: megabytes / seconds for name, seconds in best.items()}
     engine = "C++" if text_engine() is not None else "no C++ engine: datasketch and Python"
-    print(
-        f"{megabytes:.1f} MB in {len(texts)} files, {args.num_perm} slots, {NGRAM}-grams, one core ({engine}); equal signatures"
-    )
-    for name, rate in rates.items():
-        peer = rates.get(name.replace("ours", "datasketch"))
-        ratio = f"{rate / peer:>8.1f}× datasketch" if peer and name.startswith("ours") else ""
-        print(f"{name:<38}{rate:>9.2f} MB/s{ratio}")
+    result: dict[str, object] = {"engine": engine, "num_perm": args.num_perm, "megabytes": args.megabytes}
+    if args.only in (None, "minhash"):
+        rates = minhash_rates(args.megabytes, args.num_perm, args.rounds)
+        print(f"MinHash, text to {args.num_perm} slots, {NGRAM}-grams, per core ({engine}); equal signatures")
+        print_rates(rates)
+        result["minhash_mb_per_s"] = rates
+    if args.only in (None, "dedup"):
+        rates, facts = dedup_rates(args.dedup_megabytes, args.megabytes, args.rounds)
+        print(
+            f"fuzzy dedup, text to groups, 16 × 128, per core ({engine}): {facts['files']:.0f} files, "
+            f"{facts['megabytes']:.1f} MB, {100 * facts['share_in_groups']:.1f} % of them in groups; equal groups"
+        )
+        print_rates(rates)
+        result |= {"dedup_mb_per_s": rates, "dedup_set": facts}
+    if args.only in (None, "signals"):
+        inputs = args.input or [sysconfig.get_paths()["stdlib"]]
+        rows = bench_signals.measure(bench_signals.read_files(inputs, args.signal_megabytes), args.rounds)
+        print(bench_signals.table(rows))
+        result["signals"] = rows
     if args.json:
-        write_json(args.json, {"megabytes": megabytes, "num_perm": args.num_perm, "mb_per_s": rates})
+        write_json(args.json, result)
     return 0
 
 
-def source_texts(megabytes: float) -> list[str]:
-    """Files of the standard library, in order of path, up to the size asked for."""
-    texts: list[str] = []
-    size = 0
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        texts.append(path.read_text(encoding="utf-8", errors="replace"))
-        size += len(texts[-1])
-        if size >= megabytes * 1e6:
-            break
-    return texts
-
-
-def datasketch_signatures(shingles: list[list[bytes]], num_perm: int, scheme: str) -> list[list[int]]:
-    """Signatures by datasketch, as lists."""
-    from datasketch import MinHash
-
-    rows = []
-    for items in shingles:
-        sketch = MinHash(num_perm=num_perm, seed=1, scheme=scheme)
-        if items:
-            sketch.update_batch(items)
-        rows.append(sketch.hashvalues.tolist())
-    return rows
+def print_rates(rates: dict[str, float]) -> None:
+    """One line per side, with its ratio to the peer where there is one."""
+    for name, rate in rates.items():
+        peer = rates.get(name.replace("ours", "datasketch"))
+        ratio = f"{rate / peer:>8.1f}× datasketch" if peer and "ours" in name else ""
+        print(f"{name:<40}{rate:>9.2f} MB/s{ratio}")
 
 
 if __name__ == "__main__":

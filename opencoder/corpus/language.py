@@ -5,12 +5,15 @@ The table (languages.json) derives from github-linguist; its licence stands insi
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 UNKNOWN = "unknown"
 EXCLUDED = "excluded"
+EXCLUDED_BY_DEFAULT = frozenset({"gerber image"})
+"""Excluded though their doc type is another: the published list has it in capitals, which never match."""
 
 
 class Language(NamedTuple):
@@ -39,15 +42,21 @@ def tables() -> _Tables:
     return found
 
 
-def detect(path: str) -> Language:
-    """The language of a path; only its last component counts. Longer extensions win (`html.hl` before `hl`)."""
+def detect(path: str, *, compat: bool = False) -> Language:
+    """The language of a path; only its last component counts. Longer extensions win (`html.hl` before `hl`).
+
+    `compat` looks up what the published notebook passes: as name the one without its extension, so that `go.mod` loses
+    its entry and `login.css` finds that of the shell file `login`, and as extension the last part alone."""
     table = tables()
     name = path.replace("\\", "/").rsplit("/", 1)[-1]
-    language = table.filenames.get(name)
-    parts = name.split(".")
-    for i in range(1, len(parts)):
-        if language is None:
-            language = table.extensions.get(".".join(parts[i:]))
+    if compat:
+        stem, extension = os.path.splitext(name)
+        language = table.filenames.get(stem) or table.extensions.get(extension[1:])
+    else:
+        parts = name.split(".")
+        endings = (".".join(parts[i:]) for i in range(1, len(parts)))
+        language = table.filenames.get(name) or next(filter(None, map(table.extensions.get, endings)), None)
     if language is None:
         return Language(UNKNOWN, UNKNOWN)
-    return Language(language, table.doc_types[language])
+    excluded = language in EXCLUDED_BY_DEFAULT and not compat
+    return Language(language, EXCLUDED if excluded else table.doc_types[language])
