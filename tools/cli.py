@@ -13,7 +13,10 @@ from opencoder.errors import nearest
 # subcommand: (module, what it does). Modules are imported only when asked for, so that `opencoder --help` is quick.
 COMMANDS: dict[str, tuple[str, str]] = {
     "build-corpus": ("opencoder.tools.build_corpus", "sources to clean and dropped documents with a report"),
+    "compute-signals": ("opencoder.tools.compute_signals", "every quality signal and verdict of each file, as a table"),
     "explain": ("opencoder.tools.explain", "why one file was kept or dropped"),
+    "decontaminate": ("opencoder.tools.decontaminate", "find and drop documents that hold tasks of benchmarks"),
+    "run-tasks": ("opencoder.tools.run_tasks", "one element of a job array does its share of a corpus build"),
     "train-tokenizer": ("opencoder.tools.train_tokenizer", "train a byte-level BPE tokenizer"),
     "preprocess": ("opencoder.tools.preprocess_data", "documents to a tokenised .bin/.idx dataset"),
     "verify-dataset": ("opencoder.tools.verify_dataset", "check the integrity of a .bin/.idx dataset"),
@@ -25,7 +28,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("opencoder.tools.demo", "the whole path on the Python standard library, in minutes"),
     "bench-kernels": ("opencoder.tools.bench_kernels", "the kernels beside eager torch, torch.compile and others"),
     "bench-train": ("opencoder.tools.bench_train", "training speed and memory beside transformers"),
-    "bench-corpus": ("opencoder.tools.bench_corpus", "MinHash speed beside datasketch"),
+    "bench-corpus": ("opencoder.tools.bench_corpus", "signals and verdicts, MinHash and dedup beside datasketch"),
+    "bench-sources": ("opencoder.tools.bench_sources", "reading speed of folders, archives and repositories"),
+    "bench-lexing": ("opencoder.tools.bench_lexing", "lexers beside Pygments, scanners and parsers of the signals"),
     "bench-preprocess": ("opencoder.tools.bench_preprocess", "tokenising speed beside a loop over HF tokenizers"),
 }
 

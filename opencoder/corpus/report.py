@@ -2,152 +2,165 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
-import pyarrow.parquet as pq
+import pyarrow as pa
 
-from opencoder.config import CorpusConfig
+from opencoder.corpus_config import CorpusConfig
 from opencoder.files import write_json, write_text
 
-from . import dedup
-from .rules import load_rules
-from .stages import lsh_shape
+from . import dedup, rules
 
-if TYPE_CHECKING:
-    from .build import Verdicts
-
-STAGES = ("read", "language", "exact_dedup", "fuzzy_dedup", "rules")
+STAGES = ("read", "language", "exact_dedup", "fuzzy_dedup", "transform", "rules", "decontaminate", "sample")
 CLUSTER_EXAMPLES = 10
 SAMPLE_SOURCES = 12
 """Reasons shown with samples, the commonest first."""
+LISTED = 1000
+"""Failures, signal errors and benchmark matches that the report lists; the rest is counted."""
+
+Fates = list[tuple[str, str, str, str, int, int]]
+"""(status, stage, reason, language, files, bytes)."""
 
 
 def assemble(
-    verdicts: Verdicts, config: CorpusConfig, clusters: list[dict[str, Any]], errors: list[dict[str, Any]]
+    counts: Sequence[dict[str, Any]], clusters: pa.Table, groups: pa.Table, config: CorpusConfig
 ) -> dict[str, Any]:
-    """The report's numbers. Raises AssertionError if a record is lost: in = kept + dropped + failed."""
-    sizes = verdicts.table["size_bytes"].to_pylist()
-    languages = verdicts.table["language"].to_pylist()
-    status, stage, reason = (verdicts.columns[name] for name in ("status", "stage", "reason"))
-    counts = {"in": len(status), **{s: status.count(s) for s in ("kept", "dropped", "failed")}}
-    assert counts["in"] == counts["kept"] + counts["dropped"] + counts["failed"], counts
-    size_of = {s: sum(n for n, st in zip(sizes, status, strict=True) if st == s) for s in ("kept", "dropped", "failed")}
-    bands, rows = lsh_shape(config)
+    """The report's numbers from the counts of the shards (opencoder.corpus.stages.output), the table of clusters and the
+    near-duplicates. The order of the shards changes nothing but that of lists."""
+    fates: Fates = [tuple(row) for shard in counts for row in shard["fates"]]
+    files = {s: sum(f[4] for f in fates if f[0] == s) for s in ("kept", "dropped", "failed")}
+    sizes = {s: sum(f[5] for f in fates if f[0] == s) for s in ("kept", "dropped", "failed")}
+    totals = _added(shard["totals"] for shard in counts)
+    recipe = dedup.recipe_of(config.dedup)
+    bands, rows = recipe.bands, recipe.rows
+    reasons = Counter[str]()
+    for status, stage, reason, _, n, _ in fates:
+        if status == "dropped":
+            reasons[f"{stage}: {reason}"] += n
     return {
-        "counts": counts,
-        "bytes": {"in": sum(sizes), **size_of},
-        "funnel": _funnel(status, stage, sizes),
-        "by_language": _by_language(status, stage, languages, sizes),
-        "by_rule": _by_rule(verdicts),
-        "by_reason": dict(
-            sorted(
-                Counter(f"{s}: {r}" for s, r, st in zip(stage, reason, status, strict=True) if st == "dropped").items()
-            )
-        ),
-        "failures": _failures(verdicts),
-        "signal_errors": errors,
-        "clusters": _clusters(clusters),
+        "counts": {"in": sum(files.values()), **files},
+        "bytes": {"in": sum(sizes.values()), **sizes, "clean": totals.get("clean_bytes", 0)},
+        "funnel": _funnel(fates),
+        "by_language": _by_language(fates),
+        "by_rule": _by_rule(counts, totals.get("judged", 0)),
+        "by_reason": dict(sorted(reasons.items())),
+        "transform": {
+            **{name: totals.get(name, 0) for name in ("with_header", "removed_chars", "with_pii")},
+            **{name: _added(shard[name] for shard in counts) for name in ("pii", "licences", "licence_sources")},
+        },
+        "matches": _listed(counts, "matches"),
+        "failures": _listed(counts, "failures"),
+        "signal_errors": _listed(counts, "signal_errors"),
+        "clusters": _clusters(clusters, groups),
         "dedup": {
             "bands": bands,
             "rows": rows,
             "threshold": round(dedup.threshold(bands, rows), 4),
             "s_curve": [[j, round(p, 6)] for j, p in dedup.s_curve(bands, rows)],
         },
+        **_samples(counts, reasons, config),
     }
 
 
-def _funnel(status: list[str], stage: list[str | None], sizes: list[int]) -> list[dict[str, Any]]:
+def _added(parts: Any) -> dict[str, int]:
+    total = Counter[str]()
+    for part in parts:
+        total.update(part)
+    return dict(sorted(total.items()))
+
+
+def _listed(counts: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    return [row for shard in counts for row in shard[name]][:LISTED]
+
+
+def _funnel(fates: Fates) -> list[dict[str, Any]]:
     """For each stage: files and bytes that reach it, and what it drops."""
     rows = []
-    files, volume = len(status), sum(sizes)
+    files, volume = sum(f[4] for f in fates), sum(f[5] for f in fates)
     for name in ("failed", *STAGES):
-        gone = [
-            n
-            for st, sg, n in zip(status, stage, sizes, strict=True)
-            if (st == "failed" if name == "failed" else st == "dropped" and sg == name)
-        ]
-        rows.append(
-            {"stage": name, "files_in": files, "bytes_in": volume, "dropped": len(gone), "bytes_dropped": sum(gone)}
-        )
-        files, volume = files - len(gone), volume - sum(gone)
+        gone = [f for f in fates if (f[0] == "failed" if name == "failed" else f[0] == "dropped" and f[1] == name)]
+        dropped, size = sum(f[4] for f in gone), sum(f[5] for f in gone)
+        rows.append({"stage": name, "files_in": files, "bytes_in": volume, "dropped": dropped, "bytes_dropped": size})
+        files, volume = files - dropped, volume - size
     return rows
 
 
-def _by_language(
-    status: list[str], stage: list[str | None], languages: list[str | None], sizes: list[int]
-) -> list[dict[str, Any]]:
+def _by_language(fates: Fates) -> list[dict[str, Any]]:
     table: dict[str, dict[str, int]] = {}
-    for st, language, size in zip(status, languages, sizes, strict=True):
-        row = table.setdefault(language or "-", {"files": 0, "bytes": 0, "kept": 0, "kept_bytes": 0})
-        row["files"] += 1
+    for status, _, _, language, n, size in fates:
+        row = table.setdefault(language, {"files": 0, "bytes": 0, "kept": 0, "kept_bytes": 0})
+        row["files"] += n
         row["bytes"] += size
-        row["kept"] += st == "kept"
-        row["kept_bytes"] += size if st == "kept" else 0
+        if status == "kept":
+            row["kept"] += n
+            row["kept_bytes"] += size
     return sorted(({"language": k, **v} for k, v in table.items()), key=lambda r: (-r["files"], r["language"]))
 
 
-def _by_rule(verdicts: Verdicts) -> list[dict[str, Any]]:
+def _by_rule(counts: Sequence[dict[str, Any]], judged: int) -> list[dict[str, Any]]:
     """For each rule: files it hits, and those that no other rule hits."""
-    import json
-
-    hits, only = Counter[str](), Counter[str]()
-    judged = 0
-    for text, status, stage in zip(
-        verdicts.columns["hits"], verdicts.columns["status"], verdicts.columns["stage"], strict=True
-    ):
-        judged += status == "kept" or (status == "dropped" and stage == "rules")
-        names = {hit["rule"] for hit in json.loads(text)} if text else set()
-        hits.update(names)
-        if len(names) == 1:
-            only.update(names)
-    quantities = {rule.name: rule.quantity for rule in load_rules()}
-    rows = []
-    for name, n in sorted(hits.items(), key=lambda item: (-item[1], item[0])):
-        quantity = quantities[name.removeprefix("qsc_code_").removeprefix("qsc_doc_")]
-        rows.append({"rule": name, "quantity": quantity, "hits": n, "alone": only[name], "share": round(n / judged, 6)})
-    return rows
+    hits, alone = (_added(shard[name] for shard in counts) for name in ("hits", "alone"))
+    quantities = {rule.published(group): rule.quantity for rule in rules.load_rules() for group in rule.groups}
+    return [
+        {
+            "rule": name,
+            "quantity": quantities[name],
+            "hits": n,
+            "alone": alone.get(name, 0),
+            "share": round(n / judged, 6),
+        }
+        for name, n in sorted(hits.items(), key=lambda item: (-item[1], item[0]))
+    ]
 
 
-def _failures(verdicts: Verdicts) -> list[dict[str, str]]:
-    paths = verdicts.table["path"].to_pylist()
-    pairs = zip(paths, verdicts.columns["reason"], verdicts.columns["status"], strict=True)
-    return [{"path": path, "reason": reason} for path, reason, status in pairs if status == "failed"]
-
-
-def _clusters(clusters: list[dict[str, Any]]) -> dict[str, Any]:
-    """Number and sizes of clusters of each kind, and examples of the near-duplicates."""
+def _clusters(clusters: pa.Table, groups: pa.Table) -> dict[str, Any]:
+    """Number and sizes of clusters of each kind, and examples of the near-duplicates, the least similar first."""
     found: dict[str, Any] = {}
+    kinds, ids, paths = (clusters[name].to_pylist() for name in ("kind", "kept_id", "kept_path"))
     for kind in ("exact", "fuzzy"):
-        mine = [c for c in clusters if c["kind"] == kind]
-        sizes = Counter((c["kept_id"], c["kept_path"]) for c in mine)
+        sizes = Counter((i, p) for k, i, p in zip(kinds, ids, paths, strict=True) if k == kind)
         spread = Counter(n + 1 for n in sizes.values())
         found[kind] = {
             "clusters": len(sizes),
-            "dropped": len(mine),
+            "dropped": sum(sizes.values()),
             "sizes": {str(k): spread[k] for k in sorted(spread)},
         }
-    examples = sorted((c for c in clusters if c["kind"] == "fuzzy"), key=lambda c: (c["jaccard"], c["path"]))
-    found["examples"] = [{k: c[k] for k in ("path", "kept_path", "jaccard")} for c in examples[:CLUSTER_EXAMPLES]]
+    examples = groups.filter(pa.compute.is_valid(groups["excerpt"])).to_pylist()
+    paths_by_kept = {
+        (row["kept_id"], row["jaccard"]): row["path"] for row in clusters.to_pylist() if row["kind"] == "fuzzy"
+    }
+    shown = sorted(examples, key=lambda row: (row["jaccard"], row["row"]))[:CLUSTER_EXAMPLES]
+    found["examples"] = [
+        {"path": paths_by_kept.get((row["kept_id"], row["jaccard"]), ""),
+         **{k: row[k] for k in ("kept_path", "jaccard", "excerpt", "kept_excerpt")}}
+        for row in shown
+    ]  # fmt: skip
     return found
 
 
-def add_samples(output: Path, result: dict[str, Any], config: CorpusConfig) -> None:
-    """Some dropped files per reason, chosen by a hash of the seed and the file: the same for the same corpus."""
-    dropped = [row for part in sorted((output / "dropped").iterdir()) for row in pq.read_table(part).to_pylist()]
-    by_reason: dict[str, list[dict[str, Any]]] = {}
-    for row in dropped:
-        by_reason.setdefault(f"{row['stage']}: {row['reason']}", []).append(row)
-    samples = []
-    for reason, rows in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))[:SAMPLE_SOURCES]:
-        rows.sort(key=lambda r: hashlib.sha256(f"{config.seed}:{r['path']}:{r['id']}".encode()).digest())
-        columns = ("path", "language", "value", "threshold", "size_bytes", "excerpt")
-        chosen = [{name: row[name] for name in columns} for row in rows[: config.samples_per_rule]]
-        samples.append({"reason": reason, "files": len(rows), "samples": chosen})
-    result["samples"] = samples
+def _samples(counts: Sequence[dict[str, Any]], reasons: Counter[str], config: CorpusConfig) -> dict[str, Any]:
+    """Some files per reason and some that were kept, chosen by a hash of the seed and the file: the same for the same
+    corpus, however it is split."""
+    drawn: dict[str, list[dict[str, Any]]] = {}
+    for shard in counts:
+        for reason, rows in shard["samples"].items():
+            drawn.setdefault(reason, []).extend(rows)
+    chosen = {
+        reason: [
+            {name: value for name, value in row.items() if name != "draw"}
+            for row in sorted(rows, key=lambda row: row["draw"])[: config.samples_per_rule]
+        ]
+        for reason, rows in drawn.items()
+    }
+    shown = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:SAMPLE_SOURCES]
+    return {
+        "samples": [{"reason": reason, "files": n, "samples": chosen.get(reason, [])} for reason, n in shown],
+        "kept_samples": chosen.get("kept", []),
+    }
 
 
 def write(output: Path, result: dict[str, Any]) -> None:

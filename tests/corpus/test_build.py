@@ -36,7 +36,8 @@ def good(seed: int) -> str:
         for i in range(60)
     ]
     return "".join(
-        f"def {a}_{b}({c}):\n    return {c} + compute({b}, {a})\n\n\n"
+        f"def {a}_{b}({c}):\n    {b} = compute({c}, {a})\n    if {b} > {c}:\n        {a}.append({b} - {c})\n"
+        f"    while {c} < {b}:\n        {c} += step({a}, {b})\n        {a}.extend({c} * {b})\n    return {a}\n\n\n"
         for a, b, c in zip(words[::3], words[1::3], words[2::3], strict=True)
     )
 
@@ -200,7 +201,8 @@ def test_a_folder_of_something_else_is_left_alone(source: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "after", ["read/000001.parquet", "keys/000001.npy", "rules/000001.parquet", "clean/000001.parquet"]
+    "after",
+    ["read/000001.parquet", "fuzzy/first/000001.entries.npy", "judge/000001.parquet", "output/000001.clean.parquet"],
 )
 def test_killed_anywhere_and_started_again_gives_the_same_bytes(after: str, tmp_path: Path) -> None:
     root = tmp_path / "src"

@@ -1,0 +1,140 @@
+"""Which tasks a corpus build has, and which files each reads: opencoder.corpus.build explains the order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from opencoder.corpus_config import CorpusConfig
+from opencoder.errors import DataError
+
+from . import dedup
+from .decontaminate import benchmark_files
+from .engine import Input, Task, read_manifest
+from .read import Item
+
+EXACT = "exact/all.parquet"
+GROUPS = "groups/all.parquet"
+LICENCES = "licences/all.json"
+SAMPLE = "sample/all.json"
+_HERE = "opencoder.corpus.stages"
+BYTES_PER_FILE = 4000
+"""A low guess, for the number of partitions."""
+PARTITION_ENTRIES = 8_000_000
+"""Keys of a partition, about: 0.4 GB of first entries and 1.2 GB of full ones in memory."""
+
+
+def tasks(shards: Sequence[Sequence[Item]], config: CorpusConfig, *, bytes_in: int) -> list[Task]:
+    """All tasks of a build over shards of items."""
+    plain = config.model_dump(mode="json")
+    del plain["engine"], plain["samples_per_rule"]
+    numbers = range(len(shards))
+    found = [_read(n, items, plain) for n, items in enumerate(shards)]
+    texts = [Input(f"read/{n:06d}.parquet") for n in numbers]
+    metas = [Input(f"read/{n:06d}.meta.parquet") for n in numbers]
+    outputs = ("parquet", *_numbered(len(shards), config))
+    inputs = (*metas, *_existing(config))
+    found.append(
+        Task("exact/all", f"{_HERE}.duplicates:exact", outputs, inputs, {"shards": len(shards), "config": plain})
+    )
+    found.append(
+        Task(
+            "licences/all",
+            f"{_HERE}.duplicates:licences",
+            ("json",),
+            tuple(Input(f"read/{n:06d}.licences.json") for n in numbers),
+        )
+    )
+    found += _near(texts, metas, config, plain, bytes_in)
+    benchmarks = tuple(Input(str(path.absolute())) for path in benchmark_files(config.decontaminate))
+    for n in numbers:
+        inputs = (texts[n], Input(EXACT), Input(GROUPS), Input(LICENCES), *benchmarks)
+        found.append(
+            Task(f"judge/{n:06d}", f"{_HERE}.judging:judge", ("parquet",), inputs, {"shard": n, "config": plain})
+        )
+    judged = [Input(f"judge/{n:06d}.parquet") for n in numbers]
+    found.append(Task("sample/all", f"{_HERE}.output:sample", ("json",), tuple(_unverified(judged)), {"config": plain}))
+    suffixes = ("clean.parquet", "dropped.parquet", "failed.parquet", "counts.json")
+    whole = plain | {"samples_per_rule": config.samples_per_rule}
+    for n in numbers:
+        inputs = (texts[n], Input(EXACT), Input(GROUPS), judged[n], Input(SAMPLE))
+        found.append(Task(f"output/{n:06d}", f"{_HERE}.output:output", suffixes, inputs, {"shard": n, "config": whole}))
+    return found
+
+
+def _read(number: int, items: Sequence[Item], plain: dict[str, Any]) -> Task:
+    """Plain files are inputs by size and time; of repositories and remote objects the items hold the version. What says it is
+    empty need not be: devices and files of /proc are left to the reader, which reports them."""
+    files = {item.file for item in items if item.size and item.kind != "git" and os.path.isfile(item.file)}
+    inputs = tuple(Input(os.path.abspath(file), by="stat") for file in sorted(files))
+    parameters = {"items": [asdict(item) for item in items], "config": plain}
+    return Task(
+        f"read/{number:06d}", f"{_HERE}.reading:read", ("parquet", "meta.parquet", "licences.json"), inputs, parameters
+    )
+
+
+def _unverified(inputs: Sequence[Input]) -> list[Input]:
+    """For tasks that read a part of each file: hashing all of it would cost more than the task."""
+    return [Input(one.path, verify=False) for one in inputs]
+
+
+def _existing(config: CorpusConfig) -> list[Input]:
+    """The parts of the corpora to dedup against. Raises DataError for a folder that holds no finished corpus."""
+    found = []
+    for folder in map(Path, config.dedup.against):
+        parts = sorted((folder / "clean").glob("*.parquet"))
+        if not parts or not (folder / "manifest.json").is_file():
+            raise DataError(
+                f"dedup.against: {folder} holds no finished corpus: give the output folder of a build-corpus run"
+            )
+        found += [Input(str(path.absolute())) for path in parts]
+    return found
+
+
+def partitions_of(bytes_in: int, bands: int) -> int:
+    """Parts of the keys, so that each fits in a worker."""
+    return min(1 << 12, 1 + bytes_in // BYTES_PER_FILE * bands // PARTITION_ENTRIES)
+
+
+def _near(
+    texts: list[Input], metas: list[Input], config: CorpusConfig, plain: dict[str, Any], bytes_in: int
+) -> list[Task]:
+    """The tasks that end in GROUPS."""
+    exact, module = Input(EXACT), f"{_HERE}.duplicates"
+    parameters = {"shards": len(texts), "config": plain}
+    if not config.dedup.fuzzy:
+        return [Task("groups/all", f"{module}:no_groups", ("parquet",))]
+    if config.dedup.level == "repository":
+        inputs = (exact, *metas, *_unverified(texts))
+        return [Task("groups/all", f"{module}:repository_groups", ("parquet",), inputs, parameters)]
+    recipe = dedup.recipe_of(config.dedup)
+    numbers = [f"exact/all.{name}" for name in _numbered(len(texts), config)]
+    shards = list(zip([one.path for one in (*texts, *_existing(config))], numbers, strict=True))
+    steps = dedup.tasks.fuzzy_steps(
+        shards, recipe, partitions=partitions_of(bytes_in, recipe.bands), check_jaccard=config.dedup.check_jaccard
+    )
+    found = []
+    for step in steps:
+        inputs = (*map(Input, step.inputs), *_unverified([Input(path) for path in step.ranged]))
+        found.append(Task(step.name, step.function, step.outputs, inputs, step.parameters))
+    (forest,) = steps[-1].files()
+    inputs = (Input(forest), exact, *metas, *_unverified(texts), *_unverified(_existing(config)))
+    return [*found, Task("groups/all", f"{module}:groups", ("parquet",), inputs, parameters)]
+
+
+def _numbered(shards: int, config: CorpusConfig) -> list[str]:
+    """Suffixes of the files of numbers: of each shard, and of each part of an existing corpus."""
+    return [*(f"{n:06d}.npy" for n in range(shards)), *(f"known-{k:06d}.npy" for k in range(len(_existing(config))))]
+
+
+def stage_seconds(work: Path, plan: Sequence[Task]) -> dict[str, float]:
+    """Seconds of work of each stage, over all workers, as the manifests have them."""
+    seconds: dict[str, float] = {}
+    for task in plan:
+        manifest = read_manifest(work, task.name)
+        stage = task.name.partition("/")[0]
+        seconds[stage] = seconds.get(stage, 0.0) + (manifest["measured"]["wall_s"] if manifest else 0.0)
+    return seconds
