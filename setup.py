@@ -87,6 +87,10 @@ def ops_extension() -> Extension:
 class OptionalBuild(build_ext):
     """Builds what can be built. A failure is told, and is fatal only with OPENCODER_REQUIRE_EXT=1."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or len(self.extensions)  # the libraries at the same time: minutes each
+
     def run(self) -> None:
         try:
             super().run()
