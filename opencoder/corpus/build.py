@@ -61,8 +61,8 @@ def build_corpus(
     for item in items:
         check_columns(item)
     fingerprint = _fingerprint(items, config)
-    finished = None if verify else _finished(output, config, fingerprint, overwrite)
-    if finished is not None:
+    finished = _finished(output, config, fingerprint, overwrite)
+    if finished is not None and not verify:
         return finished
     work = _claim(output, config, fingerprint, overwrite)
     shards = _shards(items, config)
@@ -86,7 +86,10 @@ def build_corpus(
 
 
 def _check_config(config: CorpusConfig) -> None:
-    dedup.recipe_of(config.dedup)
+    recipe = dedup.recipe_of(config.dedup)
+    for known in plan.known_corpora(config):
+        if known.keys.name == dedup.SIGNATURES:
+            dedup.check_signatures(known.keys, recipe)
     sampling.check(config)
     check_allow_list(config.transform.licences)
     benchmark_files(config.decontaminate)

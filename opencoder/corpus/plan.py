@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from opencoder.corpus_config import CorpusConfig
 from opencoder.errors import DataError
@@ -35,11 +35,11 @@ def tasks(shards: Sequence[Sequence[Item]], config: CorpusConfig, *, bytes_in: i
     found = [_read(n, items, plain) for n, items in enumerate(shards)]
     texts = [Input(f"read/{n:06d}.parquet") for n in numbers]
     metas = [Input(f"read/{n:06d}.meta.parquet") for n in numbers]
-    outputs = ("parquet", *_numbered(len(shards), config))
-    inputs = (*metas, *_existing(config))
-    found.append(
-        Task("exact/all", f"{_HERE}.duplicates:exact", outputs, inputs, {"shards": len(shards), "config": plain})
-    )
+    known = known_corpora(config)
+    outputs = ("parquet", *_numbered(len(shards), known))
+    inputs = (*metas, *_parts(known))
+    parameters = {"shards": len(shards), "known_parts": [len(one.parts) for one in known], "config": plain}
+    found.append(Task("exact/all", f"{_HERE}.duplicates:exact", outputs, inputs, parameters))
     found.append(
         Task(
             "licences/all",
@@ -81,17 +81,35 @@ def _unverified(inputs: Sequence[Input]) -> list[Input]:
     return [Input(one.path, verify=False) for one in inputs]
 
 
-def _existing(config: CorpusConfig) -> list[Input]:
-    """The parts of the corpora to dedup against. Raises DataError for a folder that holds no finished corpus."""
+class Known(NamedTuple):
+    """Files of a corpus to dedup against that go through the tasks together."""
+
+    keys: Path
+    """Where their keys come from: a part of clean/, or the stored signatures of all parts."""
+    parts: list[Path]
+
+
+def known_corpora(config: CorpusConfig) -> list[Known]:
+    """The corpora of `dedup.against`: with stored signatures whole, else part by part. True similarities need the texts.
+
+    Raises DataError for a folder that holds no finished corpus."""
     found = []
-    for folder in map(Path, config.dedup.against):
+    for folder in (Path(name).absolute() for name in config.dedup.against):
         parts = sorted((folder / "clean").glob("*.parquet"))
         if not parts or not (folder / "manifest.json").is_file():
             raise DataError(
                 f"dedup.against: {folder} holds no finished corpus: give the output folder of a build-corpus run"
             )
-        found += [Input(str(path.absolute())) for path in parts]
+        stored = folder / dedup.SIGNATURES
+        if stored.is_file() and config.dedup.fuzzy and config.dedup.check_jaccard is None:
+            found.append(Known(stored, parts))
+        else:
+            found += [Known(part, [part]) for part in parts]
     return found
+
+
+def _parts(known: Sequence[Known]) -> list[Input]:
+    return [Input(str(part)) for one in known for part in one.parts]
 
 
 def partitions_of(bytes_in: int, bands: int) -> int:
@@ -111,8 +129,9 @@ def _near(
         inputs = (exact, *metas, *_unverified(texts))
         return [Task("groups/all", f"{module}:repository_groups", ("parquet",), inputs, parameters)]
     recipe = dedup.recipe_of(config.dedup)
-    numbers = [f"exact/all.{name}" for name in _numbered(len(texts), config)]
-    shards = list(zip([one.path for one in (*texts, *_existing(config))], numbers, strict=True))
+    known = known_corpora(config)
+    numbers = [f"exact/all.{name}" for name in _numbered(len(texts), known)]
+    shards = list(zip([*(one.path for one in texts), *(str(one.keys) for one in known)], numbers, strict=True))
     steps = dedup.tasks.fuzzy_steps(
         shards, recipe, partitions=partitions_of(bytes_in, recipe.bands), check_jaccard=config.dedup.check_jaccard
     )
@@ -121,13 +140,13 @@ def _near(
         inputs = (*map(Input, step.inputs), *_unverified([Input(path) for path in step.ranged]))
         found.append(Task(step.name, step.function, step.outputs, inputs, step.parameters))
     (forest,) = steps[-1].files()
-    inputs = (Input(forest), exact, *metas, *_unverified(texts), *_unverified(_existing(config)))
+    inputs = (Input(forest), exact, *metas, *_unverified(texts), *_unverified(_parts(known)))
     return [*found, Task("groups/all", f"{module}:groups", ("parquet",), inputs, parameters)]
 
 
-def _numbered(shards: int, config: CorpusConfig) -> list[str]:
-    """Suffixes of the files of numbers: of each shard, and of each part of an existing corpus."""
-    return [*(f"{n:06d}.npy" for n in range(shards)), *(f"known-{k:06d}.npy" for k in range(len(_existing(config))))]
+def _numbered(shards: int, known: Sequence[Known]) -> list[str]:
+    """Suffixes of the files of numbers: of each shard, and of each entry of the known corpora."""
+    return [*(f"{n:06d}.npy" for n in range(shards)), *(f"known-{k:06d}.npy" for k in range(len(known)))]
 
 
 def stage_seconds(work: Path, plan: Sequence[Task]) -> dict[str, float]:

@@ -130,15 +130,9 @@ def _clusters(clusters: pa.Table, groups: pa.Table) -> dict[str, Any]:
             "sizes": {str(k): spread[k] for k in sorted(spread)},
         }
     examples = groups.filter(pa.compute.is_valid(groups["excerpt"])).to_pylist()
-    paths_by_kept = {
-        (row["kept_id"], row["jaccard"]): row["path"] for row in clusters.to_pylist() if row["kind"] == "fuzzy"
-    }
     shown = sorted(examples, key=lambda row: (row["jaccard"], row["row"]))[:CLUSTER_EXAMPLES]
-    found["examples"] = [
-        {"path": paths_by_kept.get((row["kept_id"], row["jaccard"]), ""),
-         **{k: row[k] for k in ("kept_path", "jaccard", "excerpt", "kept_excerpt")}}
-        for row in shown
-    ]  # fmt: skip
+    columns = ("path", "kept_path", "jaccard", "excerpt", "kept_excerpt")
+    found["examples"] = [{name: row[name] for name in columns} for row in shown]
     return found
 
 

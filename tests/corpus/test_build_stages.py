@@ -50,6 +50,17 @@ def test_an_existing_corpus_comes_first(stored: bool, preset: str, tmp_path: Pat
     assert dropped["near.py"]["value"] > 0.9
 
 
+def test_stored_keys_are_used_and_those_of_another_recipe_refused(tmp_path: Path) -> None:
+    old = sources(tmp_path / "old", {"a.py": NOTICE * 40 + good(1)})  # mostly header, which the transform takes out
+    build([old], tmp_path / "first", "dedup.preset=bigcode", "dedup.store_signatures=true")
+    new = sources(tmp_path / "new", {"near.py": NOTICE * 40 + good(1) + "# other\n"})
+    against = f"dedup.against=['{tmp_path / 'first'}']"
+    build([new], tmp_path / "second", "dedup.preset=bigcode", against)
+    assert by_path(tmp_path / "second")["near.py"]["stage"] == "fuzzy_dedup"
+    with pytest.raises(ConfigError, match="use the same dedup settings"):
+        build([new], tmp_path / "third", "dedup.preset=datatrove", against)
+
+
 def test_a_folder_that_holds_no_corpus_is_refused(tmp_path: Path) -> None:
     root = sources(tmp_path / "src", {"a.py": good(1)})
     with pytest.raises(DataError, match="holds no finished corpus"):
@@ -200,8 +211,19 @@ def test_the_executor_is_no_parameter_of_the_corpus(tmp_path: Path) -> None:
     report = build([root], tmp_path / "out", "engine.retries=0")
     again = build_corpus([str(root)], tmp_path / "out", load_corpus_config(None, ["engine.retries=5"]))
     assert again["timings"] == report["timings"]
-    with pytest.raises(UserError, match="other parameters"):
-        build([root], tmp_path / "out", "dedup.ngram=3")
+    for verify in (False, True):
+        with pytest.raises(UserError, match="other parameters"):
+            build([root], tmp_path / "out", "dedup.ngram=3", verify=verify)
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+def test_the_report_shows_each_near_duplicate_beside_its_own_text(tmp_path: Path) -> None:
+    # Two that are equally far from the file that is kept.
+    texts = {"a.py": good(1), "b.py": "# first words\n" + good(1), "c.py": "# other words\n" + good(1)}
+    root = sources(tmp_path / "src", texts)
+    report = build([root], tmp_path / "out", "dedup.preset=bigcode")
+    shown = {row["path"]: row["excerpt"] for row in report["clusters"]["examples"]}
+    assert shown == {name: texts[name][:1500] for name in ("b.py", "c.py")}
 
 
 def test_work_goes_when_it_is_not_kept(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import yaml
 
 from opencoder.config import load_corpus_config
 from opencoder.corpus import sample
-from opencoder.corpus_config import DedupConfig
 
 pytestmark = pytest.mark.fast
 FOLDER = Path(__file__).parents[2] / "examples" / "corpus"
@@ -17,8 +16,6 @@ FOLDER = Path(__file__).parents[2] / "examples" / "corpus"
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_examples_load(path: Path) -> None:
-    if "level:" in path.read_text() and "level" not in DedupConfig.model_fields:
-        pytest.skip("this version has no dedup.level")
     sample.check(load_corpus_config(path))
 
 

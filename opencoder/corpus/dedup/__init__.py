@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from . import tasks
 from .curve import FIRST_ROWS, PRESETS, Recipe, candidate_probability, recipe_of, s_curve, threshold
-from .existing import SIGNATURES, Existing, read_existing, read_signatures, write_signatures
+from .existing import SIGNATURES, Existing, check_signatures, read_existing, read_signatures, write_signatures
 from .groups import (
     components,
     edges_of_keys,
@@ -49,7 +49,7 @@ from .verify import checked_forest, jaccard, jaccard_of_pairs, similarity_of
 
 __all__ = [
     "CHUNK_TOKENS", "FIRST_ROWS", "KEY", "PRESETS", "SIGNATURES", "Batch", "Existing", "Recipe", "Units", "band_keys",
-    "candidate_probability", "checked_forest", "chunk_name", "chunks", "components", "dropped", "edges_of_keys",
+    "candidate_probability", "check_signatures", "checked_forest", "chunk_name", "chunks", "components", "dropped", "edges_of_keys",
     "exact_duplicates", "first_entries", "first_keys", "forest", "forest_of", "forest_of_keys", "full_entries",
     "full_keys", "fuzzy_duplicates", "fuzzy_duplicates_of_keys", "id_keys", "jaccard", "jaccard_of_pairs", "kept_rows",
     "labels_of", "lsh_edges", "merge_forests", "near_duplicates", "partition", "ranks", "read_existing",

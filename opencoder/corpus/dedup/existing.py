@@ -69,9 +69,17 @@ def write_signatures(path: Path, batches: Iterable[tuple[list[str], Texts]], rec
 
 def read_signatures(path: Path, recipe: Recipe) -> tuple[list[str], NDArray[np.uint64], NDArray[Any]]:
     """(ids, first keys, full keys). Raises ConfigError if they were made with another recipe, DataError for another file."""
+    check_signatures(path, recipe)
+    table = pq.read_table(path)
+    keys = [b"".join(table[name].to_pylist()) for name in ("first", "full")]
+    first = np.frombuffer(keys[0], "<u8").reshape(-1, recipe.bands)
+    return table["id"].to_pylist(), first, np.frombuffer(keys[1], KEY).reshape(-1, recipe.bands)
+
+
+def check_signatures(path: Path, recipe: Recipe) -> None:
+    """Raise ConfigError for a file made with another recipe, DataError for one that holds no signatures. Reads no rows."""
     try:
-        table = pq.read_table(path)
-        header = json.loads(table.schema.metadata[_HEADER])
+        header = json.loads(pq.read_schema(path).metadata[_HEADER])
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path} is not a signature file ({error}): delete it to compute the keys from the texts"
@@ -86,9 +94,6 @@ def read_signatures(path: Path, recipe: Recipe) -> tuple[list[str], NDArray[np.u
         raise ConfigError(
             f"{path}: {'; '.join(wrong)}: use the same dedup settings, or delete the file to compute the keys anew"
         )
-    keys = [b"".join(table[name].to_pylist()) for name in ("first", "full")]
-    first = np.frombuffer(keys[0], "<u8").reshape(-1, recipe.bands)
-    return table["id"].to_pylist(), first, np.frombuffer(keys[1], KEY).reshape(-1, recipe.bands)
 
 
 def read_existing(folders: Iterable[Path], recipe: Recipe | None) -> Existing:

@@ -27,8 +27,8 @@ EXACT = pa.schema([("number", pa.int64()), ("kept_id", pa.string()), ("kept_path
 """One row per record. number: place in the keep rule among those that are left (of a repository, where that is the unit), -1
 for the others. kept_id, kept_path: the file that it is a copy of."""
 GROUPS = pa.schema(
-    [("row", pa.int64()), ("kept_id", pa.string()), ("kept_path", pa.string()), ("jaccard", pa.float64()),
-     ("excerpt", pa.string()), ("kept_excerpt", pa.string())]
+    [("row", pa.int64()), ("path", pa.string()), ("kept_id", pa.string()), ("kept_path", pa.string()),
+     ("jaccard", pa.float64()), ("excerpt", pa.string()), ("kept_excerpt", pa.string())]
 )  # fmt: skip
 """One row per near-duplicate that is dropped, ascending."""
 EXCERPTS = 20
@@ -70,9 +70,12 @@ def _survivors(table: pa.Table, level: str) -> _Survivors:
     return _Survivors(rows, subset, dedup.repositories(subset) if level == "repository" else None)
 
 
-def exact(inputs: list[Path], outputs: list[Path], *, shards: int, config: dict[str, Any]) -> None:
+def exact(
+    inputs: list[Path], outputs: list[Path], *, shards: int, known_parts: list[int], config: dict[str, Any]
+) -> None:
     """Inputs: `shards` records without text, then the parts of existing corpora. Outputs: EXACT, and the numbers of each shard
-    and of each part of an existing corpus (.npy of int64), as opencoder.corpus.dedup.tasks needs them."""
+    and of each entry of `known_parts`, how many parts an existing corpus has in it (.npy of int64), as opencoder.corpus.dedup.tasks
+    needs them."""
     settings = CorpusConfig.model_validate(config)
     metas = [
         pq.read_table(p, columns=["status", "id", "path", "source", "repo", "stars", "commit_time"])
@@ -103,7 +106,9 @@ def exact(inputs: list[Path], outputs: list[Path], *, shards: int, config: dict[
                "kept_path": pa.array(kept_path, pa.string())}  # fmt: skip
     write_rows(outputs[0], columns, EXACT, starts.tolist())
     numbered = [number[begin:end] for begin, end in itertools.pairwise(starts)]
-    for path, array in zip(outputs[1:], [*numbered, *known.numbers], strict=True):
+    parts = iter(known.numbers)
+    together = [np.concatenate(list(itertools.islice(parts, n))) for n in known_parts]
+    for path, array in zip(outputs[1:], [*numbered, *together], strict=True):
         with open(path, "wb") as file:  # np.save would add .npy to another name
             np.save(file, array)
 
@@ -145,10 +150,11 @@ def groups(inputs: list[Path], outputs: list[Path], *, shards: int, config: dict
     similarity = np.round(dedup.similarity_of(fetch, settings.dedup.ngram)(pairs), 8)
     rows = rows_of[pairs[:, 1] - count]
     ids, paths = _names(metas)
-    names: list[tuple[str, str]] = []
-    for root in pairs[:, 0].tolist():
+    names: list[tuple[str, str, str]] = []
+    for row, root in zip(rows.tolist(), pairs[:, 0].tolist(), strict=True):
         at = root if root < count else int(rows_of[root - count])
-        names.append((known.ids[at], known.paths[at]) if root < count else (ids[at].as_py(), paths[at].as_py()))
+        kept = (known.ids[at], known.paths[at]) if root < count else (ids[at].as_py(), paths[at].as_py())
+        names.append((paths[row].as_py(), *kept))
     _write_groups(
         outputs[0], rows, names, similarity, lambda chosen: (fetch(pairs[chosen, 1]), fetch(pairs[chosen, 0]))
     )
@@ -170,11 +176,11 @@ def _names(metas: Sequence[Path]) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
 def _write_groups(
     path: Path,
     rows: NDArray[np.int64],
-    names: list[tuple[str, str]],
+    names: list[tuple[str, str, str]],
     similarity: NDArray[np.float64],
     excerpts_of: Callable[[NDArray[np.int64]], tuple[list[str], list[str]]],
 ) -> None:
-    """GROUPS, sorted, with excerpts of the least similar pairs."""
+    """GROUPS, sorted, with excerpts of the least similar pairs. `names`: path, kept id, kept path of each row."""
     shown = np.lexsort((rows, similarity))[:EXCERPTS]
     excerpts: dict[int, tuple[str, str]] = {}
     for at in shown.tolist():  # one at a time: each call sorts out its own numbers
@@ -183,8 +189,9 @@ def _write_groups(
     order = np.argsort(rows, kind="stable").tolist()
     columns = {
         "row": pa.array([int(rows[i]) for i in order], pa.int64()),
-        "kept_id": pa.array([names[i][0] for i in order], pa.string()),
-        "kept_path": pa.array([names[i][1] for i in order], pa.string()),
+        "path": pa.array([names[i][0] for i in order], pa.string()),
+        "kept_id": pa.array([names[i][1] for i in order], pa.string()),
+        "kept_path": pa.array([names[i][2] for i in order], pa.string()),
         "jaccard": pa.array([float(similarity[i]) for i in order], pa.float64()),
         "excerpt": pa.array([excerpts.get(i, (None, None))[0] for i in order], pa.string()),
         "kept_excerpt": pa.array([excerpts.get(i, (None, None))[1] for i in order], pa.string()),
@@ -226,7 +233,7 @@ def repository_groups(inputs: list[Path], outputs: list[Path], *, shards: int, c
     for i, (root, member) in enumerate(pairs.tolist()):
         for row in files[member]:
             rows.append(row)
-            names.append(by_row[files[root][0]])
+            names.append((by_row[row][1], *by_row[files[root][0]]))
             values.append(similarity[i])
             of.append(i)
     _write_groups(

@@ -101,8 +101,8 @@ class _Judge:
         files = self.repositories.get(repository_key(record["source"], record["repo"]))
         file = files.of(record["path"]) if files is not None else None
         found = done.licence
-        if found.source == "none" or found.source == "notice":
-            found = licence.licence_of(done.header.spdx, done.header.licences, given=record["licence"], file=file)
+        if found.source == "none":
+            found = licence.licence_of((), (), given=record["licence"], file=file)
         row |= {"licence": found.expression, "licence_source": found.source}
         row["removed_chars"] = sum(end - start for start, end in done.header.removed)
         if done.changed:

@@ -20,13 +20,15 @@ from ..transform import is_licence_file
 META = [name for name in SCHEMA.names if name != "text"]
 FLUSH_BYTES = 16_000_000
 """Text held in memory before a row group is written."""
+FLUSH_RECORDS = 10_000
+"""The same for records, most of which may be without text."""
 LICENCE_CHARS = 200_000
 """Of a licence file; the longest licence texts have 40,000."""
 
 
 def read(inputs: list[Path], outputs: list[Path], *, items: list[dict[str, Any]], config: dict[str, Any]) -> None:
     """Outputs: records with text, the same without, and the texts of licence files as JSON rows (source, repository, path,
-    text). Memory: one file or document of at most `max_bytes`, and FLUSH_BYTES of text."""
+    text). Memory: one file or document of at most `max_bytes`, FLUSH_BYTES of text and FLUSH_RECORDS records."""
     settings = CorpusConfig.model_validate(config)
     licences: list[tuple[str, str | None, str, str]] = []
     schema = SCHEMA.remove(SCHEMA.get_field_index("text"))
@@ -50,7 +52,7 @@ def read(inputs: list[Path], outputs: list[Path], *, items: list[dict[str, Any]]
                 for unit in _units(record, settings):
                     records.append(unit)
                     size += len(unit.text or "")
-                    if size >= FLUSH_BYTES:
+                    if size >= FLUSH_BYTES or len(records) >= FLUSH_RECORDS:
                         flush()
                         size = 0
         flush()
