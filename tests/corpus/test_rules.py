@@ -167,3 +167,21 @@ def test_the_first_hit_decides_as_all_of_them_do(compat: bool) -> None:
         assert hit is None or hit in full.hits
         kept += full.keep
     assert 0 < kept < len(files)
+
+
+@pytest.mark.parametrize(
+    ("value", "hits"), [(29, ["< 30"]), (30, []), (31, [])], ids=["below", "at the threshold", "above"]
+)
+def test_a_value_at_its_threshold_is_no_hit(value: int, hits: list[str]) -> None:
+    found = rules.judge(
+        {"qsc_code_num_words": value}, doc_type="code", language="rust", natural_language="en", identity=None
+    )
+    assert [hit.threshold for hit in found] == hits
+
+
+def test_a_share_at_its_threshold_is_no_hit() -> None:
+    def hits(share: float) -> int:
+        values = {"qsc_code_frac_chars_whitespace": share}
+        return len(rules.judge(values, doc_type="code", language="rust", natural_language="en", identity=None))
+
+    assert [hits(share) for share in (0.49, 0.5, 0.51)] == [0, 0, 1]
