@@ -128,15 +128,21 @@ def test_the_truth_in_parts_is_the_plain_one() -> None:
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_peak_memory_counts_what_is_needed_beyond_what_is_there() -> None:
+@pytest.mark.parametrize("kept", [0, 256 << 20], ids=["tidy", "allocator keeps freed memory"])
+def test_peak_memory_counts_what_is_needed_beyond_what_is_there(kept: int) -> None:
     size = 64 << 20
     there = torch.ones(size // 4)
+    block = 16 << 10  # small enough to come from the heap, which is not given back below what still stands on it
+    heap = [bytearray(block) for _ in range(kept // block)]
+    stands = heap[-1:]
+    del heap
 
     def run() -> None:
         torch.ones(size // 4).add_(1.0)
 
     assert 0.9 * size <= peak_extra(run, CPU) <= 1.3 * size
     assert there.numel()
+    assert len(stands) <= 1
 
 
 def test_quantiles() -> None:
