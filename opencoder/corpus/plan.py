@@ -16,9 +16,6 @@ from .decontaminate import benchmark_files
 from .engine import Input, Task, read_manifest
 from .read import Item
 
-EXACT = "exact/all.parquet"
-GROUPS = "groups/all.parquet"
-LICENCES = "licences/all.json"
 SAMPLE = "sample/all.json"
 _HERE = "opencoder.corpus.stages"
 BYTES_PER_FILE = 4000
@@ -36,32 +33,25 @@ def tasks(shards: Sequence[Sequence[Item]], config: CorpusConfig, *, bytes_in: i
     texts = [Input(f"read/{n:06d}.parquet") for n in numbers]
     metas = [Input(f"read/{n:06d}.meta.parquet") for n in numbers]
     known = known_corpora(config)
-    outputs = ("parquet", *_numbered(len(shards), known))
+    outputs = (*(f"{n:06d}.parquet" for n in numbers), *_numbered(len(shards), known))
     inputs = (*metas, *_parts(known))
     parameters = {"shards": len(shards), "known_parts": [len(one.parts) for one in known], "config": plain}
     found.append(Task("exact/all", f"{_HERE}.duplicates:exact", outputs, inputs, parameters))
-    found.append(
-        Task(
-            "licences/all",
-            f"{_HERE}.duplicates:licences",
-            ("json",),
-            tuple(Input(f"read/{n:06d}.licences.json") for n in numbers),
-        )
-    )
+    inputs = tuple(Input(f"read/{n:06d}.licences.json") for n in numbers)
+    found.append(Task("licences/all", f"{_HERE}.licences:licences", tuple(f"{n:06d}.json" for n in numbers), inputs))
     found += _near(texts, metas, config, plain, bytes_in)
     benchmarks = tuple(Input(str(path.absolute())) for path in benchmark_files(config.decontaminate))
+    copies, near = ([Input(f"{name}/all.{n:06d}.parquet") for n in numbers] for name in ("exact", "groups"))
     for n in numbers:
-        inputs = (texts[n], Input(EXACT), Input(GROUPS), Input(LICENCES), *benchmarks)
-        found.append(
-            Task(f"judge/{n:06d}", f"{_HERE}.judging:judge", ("parquet",), inputs, {"shard": n, "config": plain})
-        )
+        inputs = (texts[n], copies[n], near[n], Input(f"licences/all.{n:06d}.json"), *benchmarks)
+        found.append(Task(f"judge/{n:06d}", f"{_HERE}.judging:judge", ("parquet",), inputs, {"config": plain}))
     judged = [Input(f"judge/{n:06d}.parquet") for n in numbers]
     found.append(Task("sample/all", f"{_HERE}.output:sample", ("json",), tuple(_unverified(judged)), {"config": plain}))
     suffixes = ("clean.parquet", "dropped.parquet", "failed.parquet", "counts.json")
     whole = plain | {"samples_per_rule": config.samples_per_rule}
     for n in numbers:
-        inputs = (texts[n], Input(EXACT), Input(GROUPS), judged[n], Input(SAMPLE))
-        found.append(Task(f"output/{n:06d}", f"{_HERE}.output:output", suffixes, inputs, {"shard": n, "config": whole}))
+        inputs = (texts[n], copies[n], near[n], judged[n], Input(SAMPLE))
+        found.append(Task(f"output/{n:06d}", f"{_HERE}.output:output", suffixes, inputs, {"config": whole}))
     return found
 
 
@@ -120,28 +110,30 @@ def partitions_of(bytes_in: int, bands: int) -> int:
 def _near(
     texts: list[Input], metas: list[Input], config: CorpusConfig, plain: dict[str, Any], bytes_in: int
 ) -> list[Task]:
-    """The tasks that end in GROUPS."""
-    exact, module = Input(EXACT), f"{_HERE}.duplicates"
-    parameters = {"shards": len(texts), "config": plain}
+    """The tasks that end in `groups`."""
+    shards, module = range(len(texts)), f"{_HERE}.duplicates"
+    outputs = tuple(f"{n:06d}.parquet" for n in shards)
+    own_numbers = [Input(f"exact/all.{n:06d}.npy") for n in shards]
     if not config.dedup.fuzzy:
-        return [Task("groups/all", f"{module}:no_groups", ("parquet",))]
+        return [Task("groups/all", f"{module}:no_groups", outputs)]
     if config.dedup.level == "repository":
-        inputs = (exact, *metas, *_unverified(texts))
-        return [Task("groups/all", f"{module}:repository_groups", ("parquet",), inputs, parameters)]
+        inputs = (*own_numbers, *metas, *_unverified(texts))
+        parameters = {"shards": len(texts), "config": plain}
+        return [Task("groups/all", f"{module}:repository_groups", outputs, inputs, parameters)]
     recipe = dedup.recipe_of(config.dedup)
     known = known_corpora(config)
     numbers = [f"exact/all.{name}" for name in _numbered(len(texts), known)]
-    shards = list(zip([*(one.path for one in texts), *(str(one.keys) for one in known)], numbers, strict=True))
+    sources = list(zip([*(one.path for one in texts), *(str(one.keys) for one in known)], numbers, strict=True))
     steps = dedup.tasks.fuzzy_steps(
-        shards, recipe, partitions=partitions_of(bytes_in, recipe.bands), check_jaccard=config.dedup.check_jaccard
+        sources, recipe, partitions=partitions_of(bytes_in, recipe.bands), check_jaccard=config.dedup.check_jaccard
     )
     found = []
     for step in steps:
         inputs = (*map(Input, step.inputs), *_unverified([Input(path) for path in step.ranged]))
         found.append(Task(step.name, step.function, step.outputs, inputs, step.parameters))
     (forest,) = steps[-1].files()
-    inputs = (Input(forest), exact, *metas, *_unverified(texts), *_unverified(_parts(known)))
-    return [*found, Task("groups/all", f"{module}:groups", ("parquet",), inputs, parameters)]
+    inputs = (Input(forest), *own_numbers, *metas, *_unverified(_parts(known)))
+    return [*found, Task("groups/all", f"{module}:groups", outputs, inputs, {"shards": len(texts)})]
 
 
 def _numbered(shards: int, known: Sequence[Known]) -> list[str]:

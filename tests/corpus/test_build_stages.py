@@ -5,17 +5,23 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from opencoder.config import load_corpus_config
+from opencoder.corpus import dedup
 from opencoder.corpus.build import build_corpus
+from opencoder.corpus.stages.shards import texts_at
 from opencoder.errors import ConfigError, DataError, UserError
 
 from .test_build import build, by_path, good, rows
+from .test_licence import MIT
 
 NOTICE = "# Copyright (c) 2019 Jane Doe\n# SPDX-License-Identifier: MIT\n\n"
 
@@ -106,6 +112,49 @@ def test_the_jaccard_check_keeps_what_only_looks_alike(tmp_path: Path) -> None:
     assert paths(tmp_path / "strict") == {"a.py", "b.py"}
 
 
+@pytest.mark.parametrize("shard_bytes", [1, 3000, 16_000_000])
+def test_the_value_of_a_near_duplicate_is_its_true_similarity(shard_bytes: int, tmp_path: Path) -> None:
+    files = {f"{n:02d}-{m}.py": good(n) + f"# {m} {m * 7} {m * 11}\n" * m for n in range(9) for m in range(4)}
+    root = sources(tmp_path / "src", files)
+    old = sources(tmp_path / "old", {"old.py": good(0)})
+    options = ("dedup.preset=bigcode", "transform.enabled=false", f"shard_bytes={shard_bytes}")
+    build([old], tmp_path / "first", *options)
+    report = build([root], tmp_path / "out", *options, f"dedup.against=['{tmp_path / 'first'}']")
+    files["old.py"] = good(0)
+    near = [row for row in rows(tmp_path / "out", "dropped") if row["stage"] == "fuzzy_dedup"]
+    assert len(near) >= 20
+    for row in near:
+        true = dedup.jaccard(files[row["path"]], files[row["kept_path"]], 5)
+        assert row["value"] == pytest.approx(true, abs=1e-8)
+    example = report["clusters"]["examples"][0]
+    assert example["jaccard"] == min(row["value"] for row in near)
+    assert (example["excerpt"], example["kept_excerpt"]) == tuple(
+        files[example[name]][:1500] for name in ("path", "kept_path")
+    )
+
+
+def test_a_damaged_page_of_another_shard_is_noticed(tmp_path: Path) -> None:
+    texts = [f"text {n} " * 50 for n in range(100)]
+    schema, options = pa.schema([("text", pa.large_string())]), {"write_page_checksum": True, "compression": "none"}
+    with pq.ParquetWriter(tmp_path / "a.parquet", schema, **options) as writer:
+        for n in range(0, 100, 10):
+            writer.write_table(pa.table({"text": texts[n : n + 10]}, schema=schema))
+    places = np.array([3, 5, 5, 42, 99])
+    found = [
+        (int(i), text)
+        for which, some in texts_at(tmp_path / "a.parquet", places)
+        for i, text in zip(which, some, strict=True)
+    ]
+    assert found == [(i, texts[place]) for i, place in enumerate(places)]
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    at = data.index(b"text 42 ")
+    data[at] ^= 1
+    (tmp_path / "a.parquet").write_bytes(bytes(data))
+    with pytest.raises(OSError, match="CRC"):
+        list(texts_at(tmp_path / "a.parquet", places))
+    assert list(texts_at(tmp_path / "a.parquet", places[:3]))
+
+
 # ---- transform, benchmarks, budgets ----
 
 
@@ -125,6 +174,29 @@ def test_headers_and_personal_data_go_and_the_licence_stays_known(tmp_path: Path
     assert files["mail.py"][slice(*spans[0][:2])] == "jane.doe@gmail.com"
     assert report["transform"]["pii"] == {"email": 1}
     assert report["transform"]["with_header"] == 1
+
+
+def test_licence_files_without_a_language_speak_for_their_folder(tmp_path: Path) -> None:
+    """LICENSE-MIT and COPYING.LIB have no known language: they are dropped, and their licence is known all the same."""
+    root = sources(tmp_path / "src", {"repo/LICENSE-MIT": MIT, "repo/own.py": good(1), "own.py": good(2)})
+    report = build([root], tmp_path / "out")
+    clean = {row["path"]: (row["licence"], row["licence_source"]) for row in rows(tmp_path / "out", "clean")}
+    assert clean == {"repo/own.py": ("MIT", "file"), "own.py": (None, "none")}
+    assert report["by_reason"]["language: unknown_language"] == 1
+
+
+def test_small_archives_share_a_task(tmp_path: Path) -> None:
+    root = tmp_path / "src"
+    root.mkdir()
+    for n in range(40):
+        with zipfile.ZipFile(root / f"{n:02d}.zip", "w") as file:
+            file.writestr("main.py", good(n))
+    build([root], tmp_path / "out", "read.containers=true", keep_work=True)
+    assert len(paths(tmp_path / "out")) == 40
+    assert len(list((tmp_path / "out" / "work" / "read").glob("*.task.json"))) == 1
+    build([root], tmp_path / "small", "read.containers=true", "shard_bytes=10000", keep_work=True)
+    assert len(list((tmp_path / "small" / "work" / "read").glob("*.task.json"))) > 5
+    assert paths(tmp_path / "small") == paths(tmp_path / "out")
 
 
 def test_a_licence_that_is_not_allowed_is_dropped(tmp_path: Path) -> None:

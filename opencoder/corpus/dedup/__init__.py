@@ -41,7 +41,16 @@ from .groups import (
     stars,
     wanted,
 )
-from .keep import dropped, exact_duplicates, fuzzy_duplicates, fuzzy_duplicates_of_keys, id_keys, kept_rows, ranks
+from .keep import (
+    dropped,
+    exact_duplicates,
+    exact_kept,
+    fuzzy_duplicates,
+    fuzzy_duplicates_of_keys,
+    id_keys,
+    kept_rows,
+    ranks,
+)
 from .keys import KEY, band_keys, first_keys, full_keys
 from .levels import CHUNK_TOKENS, Units, chunk_name, chunks, repositories, repository_text
 from .run import Batch, lsh_edges, near_duplicates
@@ -50,7 +59,7 @@ from .verify import checked_forest, jaccard, jaccard_of_pairs, similarity_of
 __all__ = [
     "CHUNK_TOKENS", "FIRST_ROWS", "KEY", "PRESETS", "SIGNATURES", "Batch", "Existing", "Recipe", "Units", "band_keys",
     "candidate_probability", "check_signatures", "checked_forest", "chunk_name", "chunks", "components", "dropped", "edges_of_keys",
-    "exact_duplicates", "first_entries", "first_keys", "forest", "forest_of", "forest_of_keys", "full_entries",
+    "exact_duplicates", "exact_kept", "first_entries", "first_keys", "forest", "forest_of", "forest_of_keys", "full_entries",
     "full_keys", "fuzzy_duplicates", "fuzzy_duplicates_of_keys", "id_keys", "jaccard", "jaccard_of_pairs", "kept_rows",
     "labels_of", "lsh_edges", "merge_forests", "near_duplicates", "partition", "ranks", "read_existing",
     "read_signatures", "recipe_of", "repositories", "repository_text", "s_curve", "shared", "similarity_of", "stars",

@@ -48,17 +48,25 @@ def kept_rows(labels: NDArray[Any], rank: NDArray[np.int64]) -> NDArray[np.int64
 
 def dropped(labels: NDArray[Any], rank: NDArray[np.int64]) -> dict[int, int]:
     """row → kept row, for every row that is not its group's best."""
-    kept = kept_rows(labels, rank)
+    return _changed(kept_rows(labels, rank))
+
+
+def _changed(kept: NDArray[np.int64]) -> dict[int, int]:
     rows = np.flatnonzero(kept != np.arange(len(kept)))
     return dict(zip(rows.tolist(), kept[rows].tolist(), strict=True))
 
 
 def exact_duplicates(table: pa.Table) -> dict[int, int]:
     """row → kept row for rows whose `id` (SHA-256 of the bytes) another, better row has."""
+    return _changed(exact_kept(table))
+
+
+def exact_kept(table: pa.Table) -> NDArray[np.int64]:
+    """(rows,) of each row the best one with the same `id`, often itself."""
     codes = pc.dictionary_encode(table["id"]).combine_chunks()
     if isinstance(codes, pa.ChunkedArray):  # older releases keep a single chunk wrapped
         codes = codes.chunk(0) if codes.num_chunks else pa.array([], pa.string()).dictionary_encode()
-    return dropped(codes.indices.to_numpy(zero_copy_only=False), ranks(table))
+    return kept_rows(codes.indices.to_numpy(zero_copy_only=False), ranks(table))
 
 
 def id_keys(ids: pa.ChunkedArray | pa.Array) -> NDArray[Any]:

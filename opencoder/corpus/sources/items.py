@@ -52,6 +52,11 @@ class Item:
     problem: str | None = None
     """Why it cannot be read, for kind `unreadable`."""
 
+    @property
+    def packed(self) -> bool:
+        """Whether it holds more text than its size says."""
+        return self.kind in ("tar", "zip", "git") or (self.kind == "jsonl" and not self.file.endswith(".jsonl"))
+
     def repo_of(self, path: str, read: ReadConfig) -> str | None:
         """The repository of a path by `read.repo_depth`."""
         folders = path.split("/")[:-1]
@@ -151,8 +156,8 @@ def _remote(url: str, read: ReadConfig) -> Iterator[Item]:
 
 def _parts(item: Item, split_bytes: int) -> list[Item]:
     count = -(-item.size // split_bytes)
-    compressed = item.kind == "jsonl" and not item.file.endswith(".jsonl")
-    if item.kind not in SPLIT_KINDS or compressed or count < 2:
+    whole = item.kind == "jsonl" and item.packed
+    if item.kind not in SPLIT_KINDS or whole or count < 2:
         return [item]
     return [replace(item, part=n, parts=count, size=item.size // count) for n in range(count)]
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 from opencoder.corpus_config import CorpusConfig
 
 from ..language import EXCLUDED, UNKNOWN, detect, tables
+from ..transform.licence import MAX_LICENCE_CHARS, is_licence_file
 from . import notebook
 
 SCHEMA = pa.schema(
@@ -71,6 +72,8 @@ class Record:
     value: float | None = None
     threshold: str | None = None
     text: str | None = None
+    licence_text: str | None = None
+    """Of a licence file, also where the record itself is dropped: LICENSE-MIT has no language, and yet speaks for its folder."""
 
     def drop(self, stage: str, reason: str, value: float | None = None, threshold: str | None = None) -> Record:
         """Mark as dropped; the text is let go."""
@@ -142,6 +145,8 @@ def judge_bytes(record: Record, data: bytes, config: CorpusConfig, text: str | N
         record.text = data.decode("utf-8") if text is None else text
     except UnicodeDecodeError as error:
         return record.drop("read", "encoding", error.start, "not UTF-8 (value: first bad byte)")
+    if is_licence_file(record.path):
+        record.licence_text = record.text[:MAX_LICENCE_CHARS]
     if record.doc_type in (UNKNOWN, EXCLUDED):
         reason = "unknown_language" if record.doc_type == UNKNOWN else "excluded_type"
         return record.drop("language", reason, None, record.language)

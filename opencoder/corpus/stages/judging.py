@@ -14,8 +14,7 @@ from opencoder.corpus_config import CorpusConfig
 from .. import verdict
 from ..decontaminate import Decontaminator, excerpt
 from ..transform import Transformed, licence, transform
-from .duplicates import EXACT, NO_NUMBER, repository_key
-from .shards import rows_of_shard
+from .licences import repository_key
 
 JUDGED = pa.schema(
     [
@@ -45,16 +44,15 @@ MATCHES = 20
 """Places of benchmark tasks that are listed per document."""
 
 
-def judge(inputs: list[Path], outputs: list[Path], *, shard: int, config: dict[str, Any]) -> None:
-    """Inputs: a shard's texts, EXACT, GROUPS, the licences of repositories, benchmark files. Output: JUDGED.
+def judge(inputs: list[Path], outputs: list[Path], *, config: dict[str, Any]) -> None:
+    """Inputs: a shard's texts, COPIES, NEAR, the licences of its repositories, benchmark files. Output: JUDGED.
 
     Memory: the texts of a shard, twice."""
     settings = CorpusConfig.model_validate(config)
-    start, exact = rows_of_shard(inputs[1], shard, ["number"])
-    assert exact.schema.names == EXACT.names[:1]
-    near = set(pq.read_table(inputs[2], columns=["row"])["row"].to_pylist())
-    left = [i for i, number in enumerate(exact["number"].to_pylist()) if number != NO_NUMBER and start + i not in near]
-    table = pq.read_table(inputs[0]).take(pa.array(left, pa.int64()))
+    table = pq.read_table(inputs[0])
+    gone = {place for path in inputs[1:3] for place in pq.read_table(path, columns=["place"])["place"].to_pylist()}
+    left = [i for i, status in enumerate(table["status"].to_pylist()) if status == "kept" and i not in gone]
+    table = table.take(pa.array(left, pa.int64()))
     judge_one = _Judge(settings, json.loads(inputs[3].read_text(encoding="utf-8")))
     rows = [{"place": place, **judge_one(record)} for place, record in zip(left, table.to_pylist(), strict=True)]
     pq.write_table(pa.Table.from_pylist(rows, schema=JUDGED), outputs[0], compression="zstd")

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from opencoder.corpus_config import CorpusConfig
 
 from .. import sample as sampling
-from .shards import rows_of_shard
+from .near import compare
 
 CLEAN = (
     "id", "path", "source", "repo", "language", "doc_type", "text", "size_bytes", "licence", "licence_source",
@@ -30,6 +30,8 @@ TYPES = {
     "value": pa.float64(), "size_bytes": pa.int64(), "stars": pa.int64(), "commit_time": pa.int64(),
     "text": pa.large_string(),
 }  # fmt: skip
+EXAMPLE = ("kept_path", "jaccard", "excerpt", "kept_excerpt")
+"""Columns of NEAR, beside the path, that the report needs of pairs to be shown."""
 EXCERPT_CHARS = 600
 """Characters of a dropped file that the report may show."""
 FAILURES = 1000
@@ -44,24 +46,22 @@ def sample(inputs: list[Path], outputs: list[Path], *, config: dict[str, Any]) -
     outputs[0].write_text(json.dumps(sampling.cuts(merged, settings), sort_keys=True), encoding="utf-8")
 
 
-def output(inputs: list[Path], outputs: list[Path], *, shard: int, config: dict[str, Any]) -> None:
-    """Inputs: a shard's texts, EXACT, GROUPS, JUDGED, the cuts. Outputs: clean, dropped, failed, and the counts in JSON.
+def output(inputs: list[Path], outputs: list[Path], *, config: dict[str, Any]) -> None:
+    """Inputs: a shard's texts, COPIES, NEAR, JUDGED, the cuts. Outputs: clean, dropped, failed, and the counts in JSON. The
+    kept files of near-duplicates are read where they lie, beside the texts.
 
-    Memory: the texts of a shard, twice."""
+    Memory: the texts of a shard, twice, and two row groups."""
     settings = CorpusConfig.model_validate(config)
     records: list[dict[str, Any]] = pq.read_table(inputs[0]).to_pylist()
-    start, exact = rows_of_shard(inputs[1], shard, ["kept_id", "kept_path"])
-    for record, kept in zip(records, exact.to_pylist(), strict=True):
-        if kept["kept_id"] is not None:
-            _drop(record, "exact_dedup", "exact_duplicate", 1.0, f"same bytes as {kept['kept_path']}", **kept)
-    groups = pq.read_table(inputs[2], columns=["row", "kept_id", "kept_path", "jaccard"])
-    for near in groups.to_pylist():
-        if start <= near["row"] < start + len(records):
-            threshold = f"in the near-duplicate cluster of {near['kept_path']}"
-            kept = {"kept_id": near["kept_id"], "kept_path": near["kept_path"]}
-            _drop(records[near["row"] - start], "fuzzy_dedup", "near_duplicate", near["jaccard"], threshold, **kept)
-    judged = pq.read_table(inputs[3])
-    for row in judged.to_pylist():
+    near = compare(pq.read_table(inputs[2]), [r["text"] for r in records], inputs[0].parent, settings.dedup.ngram)
+    for row in pq.read_table(inputs[1]).to_pylist():
+        kept = {name: row[name] for name in ("kept_id", "kept_path")}
+        _drop(records[row["place"]], "exact_dedup", "exact_duplicate", 1.0, f"same bytes as {row['kept_path']}", **kept)
+    for row in near:
+        kept = {name: row[name] for name in ("kept_id", "kept_path")}
+        threshold = f"in the near-duplicate cluster of {row['kept_path']}"
+        _drop(records[row["place"]], "fuzzy_dedup", "near_duplicate", row["jaccard"], threshold, **kept)
+    for row in pq.read_table(inputs[3]).to_pylist():
         record = records[row.pop("place")]
         excerpt = (record["text"] or "")[:EXCERPT_CHARS]
         size = record["size_bytes"]
@@ -75,7 +75,13 @@ def output(inputs: list[Path], outputs: list[Path], *, shard: int, config: dict[
         _drop(alive[decision.row], decision.stage, decision.reason, decision.value, decision.threshold)
     for path, status, columns in zip(outputs, ("kept", "dropped", "failed"), (CLEAN, DROPPED, DROPPED), strict=False):
         _write(path, [r for r in records if r["status"] == status], columns)
-    outputs[3].write_text(json.dumps(_counts(records, settings), sort_keys=True), encoding="utf-8")
+    counts = _counts(records, settings)
+    counts["near"] = [
+        {"path": records[row["place"]]["path"], **{name: row[name] for name in EXAMPLE}}
+        for row in near
+        if row["excerpt"]
+    ]
+    outputs[3].write_text(json.dumps(counts, sort_keys=True), encoding="utf-8")
 
 
 def _drop(record: dict[str, Any], stage: str, reason: str, value: float | None, threshold: str, **more: Any) -> None:

@@ -15,25 +15,24 @@ from opencoder.corpus_config import CorpusConfig
 
 from .. import dedup
 from ..read import SCHEMA, Item, Record, read_item, to_table
-from ..transform import is_licence_file
+from .licences import repository_key
 
 META = [name for name in SCHEMA.names if name != "text"]
-FLUSH_BYTES = 16_000_000
-"""Text held in memory before a row group is written."""
+FLUSH_BYTES = 2_000_000
+"""Text held in memory before a row group is written. A near-duplicate's kept file is read with its row group."""
 FLUSH_RECORDS = 10_000
 """The same for records, most of which may be without text."""
-LICENCE_CHARS = 200_000
-"""Of a licence file; the longest licence texts have 40,000."""
 
 
 def read(inputs: list[Path], outputs: list[Path], *, items: list[dict[str, Any]], config: dict[str, Any]) -> None:
-    """Outputs: records with text, the same without, and the texts of licence files as JSON rows (source, repository, path,
-    text). Memory: one file or document of at most `max_bytes`, FLUSH_BYTES of text and FLUSH_RECORDS records."""
+    """Outputs: records with text, the same without, and what task `licences` needs, in JSON. Memory: one file or document of
+    at most `max_bytes`, FLUSH_BYTES of text and FLUSH_RECORDS records."""
     settings = CorpusConfig.model_validate(config)
-    licences: list[tuple[str, str | None, str, str]] = []
+    licences: list[tuple[str, str, str]] = []
+    repositories: set[str] = set()
     schema = SCHEMA.remove(SCHEMA.get_field_index("text"))
     with (
-        pq.ParquetWriter(outputs[0], SCHEMA, compression="zstd") as texts,
+        pq.ParquetWriter(outputs[0], SCHEMA, compression="zstd", write_page_checksum=True) as texts,
         pq.ParquetWriter(outputs[1], schema, compression="zstd") as meta,
     ):
         records: list[Record] = []
@@ -47,8 +46,10 @@ def read(inputs: list[Path], outputs: list[Path], *, items: list[dict[str, Any]]
 
         for item in items:
             for record in read_item(Item(**item), settings):
-                if record.text is not None and is_licence_file(record.path):
-                    licences.append((record.source, record.repo, record.path, record.text[:LICENCE_CHARS]))
+                key = repository_key(record.source, record.repo)
+                repositories.add(key)
+                if record.licence_text is not None:
+                    licences.append((key, record.path, record.licence_text))
                 for unit in _units(record, settings):
                     records.append(unit)
                     size += len(unit.text or "")
@@ -56,7 +57,7 @@ def read(inputs: list[Path], outputs: list[Path], *, items: list[dict[str, Any]]
                         flush()
                         size = 0
         flush()
-    outputs[2].write_text(json.dumps(licences), encoding="utf-8")
+    outputs[2].write_text(json.dumps({"files": licences, "repositories": sorted(repositories)}), encoding="utf-8")
 
 
 def _units(record: Record, config: CorpusConfig) -> Iterator[Record]:

@@ -1,11 +1,10 @@
-"""What the tasks share: the shards of records with text, and the table of all records.
+"""What the tasks share: the tables that say what becomes of a shard's records, and texts wherever they lie.
 
-A record is known by its row: its place in the shards, one after another."""
+A record is known by its place in its shard, or by its row: its place in all shards, one after another."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,44 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-_STARTS = b"opencoder.starts"
+COPIES = pa.schema([("place", pa.int64()), ("kept_id", pa.string()), ("kept_path", pa.string())])
+"""One row per record of a shard that is dropped as a copy of another file, ascending."""
+NEAR = pa.schema(
+    [*COPIES, ("kept_file", pa.string()), ("kept_place", pa.int64()), ("jaccard", pa.float64()), ("excerpt", pa.string()),
+     ("kept_excerpt", pa.string())]
+)  # fmt: skip
+"""The same for near-duplicates. kept_file, kept_place: where the text of the kept file lies: a file beside the shard's, or an
+absolute path. jaccard and, for some, excerpts are there where repositories were compared; else the reader works them out."""
 
 
-def write_rows(path: Path, columns: dict[str, Any], schema: pa.Schema, starts: Sequence[int]) -> None:
-    """A table of all records that knows where each shard begins; `starts` has one entry more than there are shards."""
-    table = pa.table(columns, schema=schema.with_metadata({_STARTS: json.dumps(list(map(int, starts))).encode()}))
-    pq.write_table(table, path, compression="zstd")
+def write_by_shard(
+    paths: Sequence[Path],
+    rows: NDArray[np.int64],
+    columns: dict[str, Any],
+    schema: pa.Schema,
+    starts: NDArray[np.int64],
+) -> None:
+    """A table per shard. rows: ascending; columns: all but place; starts: the first row of each shard, and the end."""
+    table = pa.table({"place": pa.array(rows, pa.int64()), **columns}, schema=schema)
+    bounds = np.searchsorted(rows, starts)
+    for n, path in enumerate(paths):
+        begin, end = int(bounds[n]), int(bounds[n + 1])
+        places = pa.array(rows[begin:end] - starts[n], pa.int64())
+        part = table.slice(begin, end - begin).set_column(0, schema.field("place"), places)
+        pq.write_table(part, path, compression="zstd")
 
 
-def starts_of(path: Path) -> list[int]:
-    """Where each shard begins in a file of `write_rows`."""
-    found: list[int] = json.loads(pq.read_schema(path).metadata[_STARTS])
-    return found
-
-
-def rows_of_shard(path: Path, shard: int, columns: list[str]) -> tuple[int, pa.Table]:
-    """(first row, the shard's part) of a file of `write_rows`."""
-    starts = starts_of(path)
-    table = pq.read_table(path, columns=columns)
-    return starts[shard], table.slice(starts[shard], starts[shard + 1] - starts[shard])
-
-
-def text_column(path: Path) -> pa.ChunkedArray:
-    """The texts of a shard."""
-    return pq.read_table(path, columns=["text"])["text"]
+def texts_at(path: Path, places: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], list[str]]]:
+    """The texts of ascending places of a file of records, as (indices into places, texts), a row group at a time: only
+    those that hold some are read, and their checksums verified where the file has them."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        groups = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+        starts = np.cumsum([0, *groups])
+        bounds = np.searchsorted(places, starts)
+        for g in np.flatnonzero(bounds[1:] > bounds[:-1]):
+            here = np.arange(bounds[g], bounds[g + 1])
+            column = file.read_row_group(g, columns=["text"])["text"]
+            yield here, column.take(pa.array(places[here] - starts[g])).to_pylist()
 
 
 class ShardTexts:
@@ -53,6 +65,6 @@ class ShardTexts:
         shards = np.searchsorted(self.starts, rows, "right") - 1
         for shard in np.unique(shards):
             mine = np.unique(rows[shards == shard])
-            texts = text_column(self.files[shard]).take(pa.array(mine - self.starts[shard]))
-            found.update(zip(mine.tolist(), texts.to_pylist(), strict=True))
+            for which, texts in texts_at(self.files[shard], mine - self.starts[shard]):
+                found.update(zip(mine[which].tolist(), texts, strict=True))
         return [found[row] for row in rows.tolist()]
