@@ -3,7 +3,7 @@
 `fuzzy_steps` lists all of them for a corpus of shards. Shard k is a Parquet file with a column `text` and a .npy file of
 int64, one number per row: the document's place in the order of the keep rule (`ranks`), or −1 for a row that takes no part.
 Parts of an existing corpus are shards like any other (their files numbered first); its signatures.parquet may stand for
-all of them, unless true similarities are wanted. A task holds its shard's text once if all rows take part, else up to twice.
+all of them, unless true similarities are wanted. A task holds one row group of its shard's text, up to twice.
 
 Entries travel in *bucketed files*: a .npy of entries, those of bucket 0 first, and a .npy index (buckets, 3) of uint64: where
 each begins and ends, and the CRC-32 of its bytes. So a task writes two files however many tasks read from it, and a reader
@@ -13,7 +13,7 @@ find the way back to their shard; in the second by their number, so that the las
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,7 +109,7 @@ def first_task(inputs: list[Path], outputs: list[Path], *, shard: int, recipe: d
     if _is_stored(inputs[0]):
         keys = read_signatures(inputs[0], made)[1][rows]
     else:
-        keys = first_keys(_texts(inputs[0], rows), made)
+        keys = _by_row_group(inputs[0], rows, lambda texts, _: first_keys(texts, made))
     entries = first_entries(keys, (np.int64(shard) << SHARD_SHIFT) + rows)
     write_buckets(outputs, partition(entries, partitions))
     return len(entries)
@@ -140,7 +140,9 @@ def full_task(inputs: list[Path], outputs: list[Path], *, shard: int, recipe: di
         if mask is not None:
             keys[~mask] = 0
     else:
-        keys = full_keys(_texts(inputs[0], rows) if len(rows) else [], made, mask)
+        keys = _by_row_group(
+            inputs[0], rows, lambda texts, here: full_keys(texts, made, None if mask is None else mask[here])
+        )
     write_buckets(outputs, partition(full_entries(keys, numbers[rows]), partitions))
     return len(rows)
 
@@ -211,6 +213,20 @@ def _gather(inputs: Sequence[Path], bucket: int) -> NDArray[Any]:
 
 def _is_stored(path: Path) -> bool:
     return "full" in pq.read_schema(path).names
+
+
+def _by_row_group(path: Path, rows: NDArray[np.int64], keys_of: Callable[[Texts, slice], NDArray[Any]]) -> NDArray[Any]:
+    """The keys of ascending rows of a shard, a row group of texts at a time."""
+    found = [keys_of([], slice(0, 0))]
+    with pq.ParquetFile(path) as file:
+        starts = np.cumsum([0, *(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))])
+        bounds = np.searchsorted(rows, starts)
+        for g in np.flatnonzero(bounds[1:] > bounds[:-1]):
+            here = slice(bounds[g], bounds[g + 1])
+            column = file.read_row_group(g, columns=["text"])["text"]
+            whole = bounds[g + 1] - bounds[g] == len(column)
+            found.append(keys_of(column if whole else column.take(pa.array(rows[here] - starts[g])), here))
+    return np.concatenate(found)
 
 
 def _texts(path: Path, rows: NDArray[np.int64]) -> Texts:

@@ -15,6 +15,7 @@ from .. import verdict
 from ..decontaminate import Decontaminator, excerpt
 from ..transform import Transformed, licence, transform
 from .licences import repository_key
+from .shards import row_groups
 
 JUDGED = pa.schema(
     [
@@ -47,15 +48,17 @@ MATCHES = 20
 def judge(inputs: list[Path], outputs: list[Path], *, config: dict[str, Any]) -> None:
     """Inputs: a shard's texts, COPIES, NEAR, the licences of its repositories, benchmark files. Output: JUDGED.
 
-    Memory: the texts of a shard, twice."""
+    One row group for each of the texts'. Memory: two row groups (opencoder.corpus.stages.reading.FLUSH_BYTES)."""
     settings = CorpusConfig.model_validate(config)
-    table = pq.read_table(inputs[0])
     gone = {place for path in inputs[1:3] for place in pq.read_table(path, columns=["place"])["place"].to_pylist()}
-    left = [i for i, status in enumerate(table["status"].to_pylist()) if status == "kept" and i not in gone]
-    table = table.take(pa.array(left, pa.int64()))
     judge_one = _Judge(settings, json.loads(inputs[3].read_text(encoding="utf-8")))
-    rows = [{"place": place, **judge_one(record)} for place, record in zip(left, table.to_pylist(), strict=True)]
-    pq.write_table(pa.Table.from_pylist(rows, schema=JUDGED), outputs[0], compression="zstd")
+    with pq.ParquetWriter(outputs[0], JUDGED, compression="zstd") as writer:
+        for start, table in row_groups(inputs[0]):
+            status = table["status"].to_pylist()
+            left = [i for i in range(len(table)) if status[i] == "kept" and start + i not in gone]
+            records = table.take(pa.array(left, pa.int64())).to_pylist()
+            rows = [{"place": start + i, **judge_one(record)} for i, record in zip(left, records, strict=True)]
+            writer.write_table(pa.Table.from_pylist(rows, schema=JUDGED))
 
 
 class _Judge:

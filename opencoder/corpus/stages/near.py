@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from .. import dedup
 from .shards import texts_at
@@ -17,23 +16,24 @@ EXCERPTS = 20
 EXCERPT_CHARS = 1500
 
 
-def compare(near: pa.Table, texts: list[str], folder: Path, ngram: int) -> list[dict[str, Any]]:
-    """The rows of a table of NEAR as dicts, with `jaccard` filled in where it is null, and EXCERPTS rows with excerpts.
-
-    texts: of the whole shard; folder: where the other shards' files lie. The kept files are read in order, so a row group
-    that holds some is read once. Memory: a row group of texts and EXCERPT_CHARS per row."""
-    rows: list[dict[str, Any]] = near.to_pylist()
-    unknown = sorted((r for r in rows if r["jaccard"] is None), key=lambda r: (r["kept_file"], r["kept_place"]))
-    for file, some in groupby(unknown, key=lambda row: row["kept_file"]):
+def compare(rows: list[dict[str, Any]], texts: list[str], folder: Path, ngram: int) -> None:
+    """Fill in `jaccard` and the excerpts of rows of NEAR where they are null. texts: of the rows; folder: where the files of
+    other shards lie. The kept files are read in order, so a row group that holds some is read once. Memory: a row group."""
+    order = sorted(
+        (i for i, row in enumerate(rows) if row["jaccard"] is None),
+        key=lambda i: (rows[i]["kept_file"], rows[i]["kept_place"]),
+    )
+    for file, some in groupby(order, key=lambda i: rows[i]["kept_file"]):
         same = list(some)
-        for which, kept in texts_at(folder / file, np.array([row["kept_place"] for row in same], np.int64)):
-            here = [same[i] for i in which.tolist()]
-            _fill(here, [texts[row["place"]] for row in here], kept, ngram)
-    shown = {row["place"] for row in sorted(unknown, key=lambda r: (r["jaccard"], r["place"]))[:EXCERPTS]}
-    for row in unknown:
-        if row["place"] not in shown:
-            row |= {"excerpt": None, "kept_excerpt": None}
-    return rows
+        for which, kept in texts_at(folder / file, np.array([rows[i]["kept_place"] for i in same], np.int64)):
+            here = [same[k] for k in which.tolist()]
+            _fill([rows[i] for i in here], [texts[i] for i in here], kept, ngram)
+
+
+def examples(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The EXCERPTS least similar of the rows that have excerpts."""
+    found = [row for row in rows if row["excerpt"] is not None]
+    return sorted(found, key=lambda row: (row["jaccard"], row["place"]))[:EXCERPTS]
 
 
 def _fill(rows: list[dict[str, Any]], mine: list[str], kept: list[str], ngram: int) -> None:

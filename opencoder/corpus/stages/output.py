@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pyarrow.parquet as pq
 from opencoder.corpus_config import CorpusConfig
 
 from .. import sample as sampling
-from .near import compare
+from .near import compare, examples
+from .shards import row_groups
 
 CLEAN = (
     "id", "path", "source", "repo", "language", "doc_type", "text", "size_bytes", "licence", "licence_source",
@@ -30,8 +32,8 @@ TYPES = {
     "value": pa.float64(), "size_bytes": pa.int64(), "stars": pa.int64(), "commit_time": pa.int64(),
     "text": pa.large_string(),
 }  # fmt: skip
-EXAMPLE = ("kept_path", "jaccard", "excerpt", "kept_excerpt")
-"""Columns of NEAR, beside the path, that the report needs of pairs to be shown."""
+EXAMPLE = ("path", "kept_path", "jaccard", "excerpt", "kept_excerpt")
+"""What the report needs of pairs of near-duplicates to be shown."""
 EXCERPT_CHARS = 600
 """Characters of a dropped file that the report may show."""
 FAILURES = 1000
@@ -50,38 +52,69 @@ def output(inputs: list[Path], outputs: list[Path], *, config: dict[str, Any]) -
     """Inputs: a shard's texts, COPIES, NEAR, JUDGED, the cuts. Outputs: clean, dropped, failed, and the counts in JSON. The
     kept files of near-duplicates are read where they lie, beside the texts.
 
-    Memory: the texts of a shard, twice, and two row groups."""
+    Memory: three row groups of texts, and 300 bytes per dropped duplicate."""
     settings = CorpusConfig.model_validate(config)
-    records: list[dict[str, Any]] = pq.read_table(inputs[0]).to_pylist()
-    near = compare(pq.read_table(inputs[2]), [r["text"] for r in records], inputs[0].parent, settings.dedup.ngram)
-    for row in pq.read_table(inputs[1]).to_pylist():
-        kept = {name: row[name] for name in ("kept_id", "kept_path")}
-        _drop(records[row["place"]], "exact_dedup", "exact_duplicate", 1.0, f"same bytes as {row['kept_path']}", **kept)
-    for row in near:
-        kept = {name: row[name] for name in ("kept_id", "kept_path")}
-        threshold = f"in the near-duplicate cluster of {row['kept_path']}"
-        _drop(records[row["place"]], "fuzzy_dedup", "near_duplicate", row["jaccard"], threshold, **kept)
-    for row in pq.read_table(inputs[3]).to_pylist():
-        record = records[row.pop("place")]
+    copies = {row["place"]: row for row in pq.read_table(inputs[1]).to_pylist()}
+    near = {row["place"]: row for row in pq.read_table(inputs[2]).to_pylist()}
+    cut = _sampled(inputs[3], inputs[4], settings)
+    counts = Counts(settings)
+    shown: list[dict[str, Any]] = []
+    statuses = (("kept", CLEAN), ("dropped", DROPPED), ("failed", DROPPED))
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(pq.ParquetWriter(path, _schema(columns), compression="zstd"))
+            for path, (_, columns) in zip(outputs[:3], statuses, strict=True)
+        ]
+        for (start, table), (_, judged) in zip(row_groups(inputs[0]), row_groups(inputs[3]), strict=True):
+            records: list[dict[str, Any]] = table.to_pylist()
+            places = range(start, start + len(records))
+            alike = [near[place] for place in places if place in near]
+            compare(
+                alike, [records[row["place"] - start]["text"] for row in alike], inputs[0].parent, settings.dedup.ngram
+            )
+            shown = examples([*shown, *({**row, "path": records[row["place"] - start]["path"]} for row in alike)])
+            of_place = {row["place"]: row for row in judged.to_pylist()}
+            for place, record in zip(places, records, strict=True):
+                _settle(record, copies.get(place), near.get(place), of_place.get(place), cut.get(place))
+            for writer, (status, columns) in zip(writers, statuses, strict=True):
+                if some := [r for r in records if r["status"] == status]:
+                    writer.write_table(_table(some, columns), row_group_size=1024)
+            counts.add(records)
+    found = counts.result() | {"near": [{name: row[name] for name in EXAMPLE} for row in shown]}
+    outputs[3].write_text(json.dumps(found, sort_keys=True), encoding="utf-8")
+
+
+def _sampled(judged: Path, cuts: Path, config: CorpusConfig) -> dict[int, sampling.Decision]:
+    """place → why a record that was kept so far is left out after all."""
+    found = {name: sampling.Cut(*cut) for name, cut in json.loads(cuts.read_text(encoding="utf-8")).items()}
+    table = pq.read_table(judged, columns=["place", "id", "language", "size_bytes", "status"])
+    table = table.filter(pa.compute.equal(table["status"], "kept"))
+    places = table["place"].to_pylist()
+    return {places[decision.row]: decision for decision in sampling.decide(table, found, config.sample)}
+
+
+def _settle(
+    record: dict[str, Any],
+    copy: dict[str, Any] | None,
+    near: dict[str, Any] | None,
+    judged: dict[str, Any] | None,
+    cut: sampling.Decision | None,
+) -> None:
+    """Write what became of a record into it: at most one of copy, near and judged is there, cut with judged alone."""
+    if copy is not None:
+        kept = {name: copy[name] for name in ("kept_id", "kept_path")}
+        _drop(record, "exact_dedup", "exact_duplicate", 1.0, f"same bytes as {copy['kept_path']}", **kept)
+    elif near is not None:
+        kept = {name: near[name] for name in ("kept_id", "kept_path")}
+        threshold = f"in the near-duplicate cluster of {near['kept_path']}"
+        _drop(record, "fuzzy_dedup", "near_duplicate", near["jaccard"], threshold, **kept)
+    elif judged is not None:
         excerpt = (record["text"] or "")[:EXCERPT_CHARS]
         size = record["size_bytes"]
-        record |= row
-        record |= {"excerpt": excerpt, "clean_bytes": row["size_bytes"], "size_bytes": size}
-    cuts = {name: sampling.Cut(*cut) for name, cut in json.loads(inputs[4].read_text(encoding="utf-8")).items()}
-    alive = [r for r in records if r["status"] == "kept"]
-    table = pa.table({n: [r[n] for r in alive] for n in ("id", "language")}
-                     | {"size_bytes": pa.array([r["clean_bytes"] for r in alive], pa.int64())})  # fmt: skip
-    for decision in sampling.decide(table, cuts, settings.sample):
-        _drop(alive[decision.row], decision.stage, decision.reason, decision.value, decision.threshold)
-    for path, status, columns in zip(outputs, ("kept", "dropped", "failed"), (CLEAN, DROPPED, DROPPED), strict=False):
-        _write(path, [r for r in records if r["status"] == status], columns)
-    counts = _counts(records, settings)
-    counts["near"] = [
-        {"path": records[row["place"]]["path"], **{name: row[name] for name in EXAMPLE}}
-        for row in near
-        if row["excerpt"]
-    ]
-    outputs[3].write_text(json.dumps(counts, sort_keys=True), encoding="utf-8")
+        record |= {name: value for name, value in judged.items() if name != "place"}
+        record |= {"excerpt": excerpt, "clean_bytes": judged["size_bytes"], "size_bytes": size}
+        if cut is not None:
+            _drop(record, cut.stage, cut.reason, cut.value, cut.threshold)
 
 
 def _drop(record: dict[str, Any], stage: str, reason: str, value: float | None, threshold: str, **more: Any) -> None:
@@ -90,74 +123,95 @@ def _drop(record: dict[str, Any], stage: str, reason: str, value: float | None, 
     record |= {"text": None, "excerpt": excerpt, **more}
 
 
-def _write(path: Path, records: list[dict[str, Any]], columns: Iterable[str]) -> None:
-    arrays = {n: pa.array([r.get(n) for r in records], TYPES.get(n, pa.string())) for n in columns}
-    pq.write_table(pa.table(arrays), path, compression="zstd", row_group_size=1024)
+def _schema(columns: Iterable[str]) -> pa.Schema:
+    return pa.schema([(name, TYPES.get(name, pa.string())) for name in columns])
+
+
+def _table(records: list[dict[str, Any]], columns: Iterable[str]) -> pa.Table:
+    schema = _schema(columns)
+    return pa.table([pa.array([r.get(f.name) for r in records], f.type) for f in schema], schema=schema)
 
 
 # ---- what the report needs ----
 
 
-def _counts(records: list[dict[str, Any]], config: CorpusConfig) -> dict[str, Any]:
-    """Counts that can be added up over shards (`report.add`), and the shard's share of what is listed."""
-    fates: Counter[tuple[str, ...]] = Counter()
-    sizes: Counter[tuple[str, ...]] = Counter()
-    found: dict[str, Counter[str]] = {
-        name: Counter() for name in ("hits", "alone", "pii", "licences", "licence_sources")
-    }
-    totals: Counter[str] = Counter()
-    listed: dict[str, list[Any]] = {name: [] for name in ("failures", "signal_errors", "matches")}
-    for record in records:
-        fate = (record["status"], record["stage"] or "", _reason(record), record["language"] or "-")
-        fates[fate] += 1
-        sizes[fate] += record["size_bytes"]
-        if record["status"] == "failed":
-            listed["failures"].append({"path": record["path"], "reason": record["reason"]})
-        if "clean_bytes" not in record:
-            continue
-        totals["judged"] += 1
+class Counts:
+    """Counts that can be added up over shards (opencoder.corpus.report), and the shard's share of what is listed."""
+
+    def __init__(self, config: CorpusConfig) -> None:
+        self.config = config
+        self.files: Counter[tuple[str, ...]] = Counter()
+        self.sizes: Counter[tuple[str, ...]] = Counter()
+        self.found: dict[str, Counter[str]] = {
+            name: Counter() for name in ("hits", "alone", "pii", "licences", "licence_sources")
+        }
+        self.totals: Counter[str] = Counter()
+        self.listed: dict[str, list[Any]] = {name: [] for name in ("failures", "signal_errors", "matches")}
+        self.left_out: Counter[str] = Counter()
+        self.samples: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, records: list[dict[str, Any]]) -> None:
+        """Count some records."""
+        for record in records:
+            fate = (record["status"], record["stage"] or "", _reason(record), record["language"] or "-")
+            self.files[fate] += 1
+            self.sizes[fate] += record["size_bytes"]
+            if record["status"] == "failed":
+                self._list("failures", {"path": record["path"], "reason": record["reason"]})
+            if "clean_bytes" in record:
+                self._judged(record)
+        self._sample(records)
+
+    def _judged(self, record: dict[str, Any]) -> None:
+        self.totals["judged"] += 1
         names = {hit["rule"] for hit in json.loads(record["hits"] or "[]")}
-        found["hits"].update(names)
-        found["alone"].update(names if len(names) == 1 else ())
-        errors = json.loads(record["errors"] or "{}").items()
-        listed["signal_errors"] += [{"path": record["path"], "signal": s, "error": e} for s, e in errors]
-        listed["matches"] += [{"path": record["path"], **match} for match in json.loads(record["matches"] or "[]")]
+        self.found["hits"].update(names)
+        self.found["alone"].update(names if len(names) == 1 else ())
+        for signal, error in json.loads(record["errors"] or "{}").items():
+            self._list("signal_errors", {"path": record["path"], "signal": signal, "error": error})
+        for match in json.loads(record["matches"] or "[]"):
+            self._list("matches", {"path": record["path"], **match})
         if record["status"] == "kept":
-            found["pii"].update(json.loads(record["pii"] or "{}"))
-            found["licences"][record["licence"] or "unknown"] += 1
-            found["licence_sources"][record["licence_source"]] += 1
-            totals["clean_bytes"] += record["clean_bytes"]
-            totals["with_pii"] += record["pii"] is not None
-            totals["with_header"] += bool(record["removed_chars"])
-            totals["removed_chars"] += record["removed_chars"] or 0
-    return {
-        "fates": [[*fate, n, sizes[fate]] for fate, n in sorted(fates.items())],
-        **{name: dict(sorted(counter.items())) for name, counter in found.items()},
-        "totals": dict(totals),
-        "samples": _samples(records, config),
-        "left_out": {name: max(0, len(rows) - FAILURES) for name, rows in listed.items()},
-        **{name: rows[:FAILURES] for name, rows in listed.items()},
-    }
+            self.found["pii"].update(json.loads(record["pii"] or "{}"))
+            self.found["licences"][record["licence"] or "unknown"] += 1
+            self.found["licence_sources"][record["licence_source"]] += 1
+            self.totals["clean_bytes"] += record["clean_bytes"]
+            self.totals["with_pii"] += record["pii"] is not None
+            self.totals["with_header"] += bool(record["removed_chars"])
+            self.totals["removed_chars"] += record["removed_chars"] or 0
+
+    def _list(self, name: str, row: dict[str, Any]) -> None:
+        if len(self.listed[name]) < FAILURES:
+            self.listed[name].append(row)
+        else:
+            self.left_out[name] += 1
+
+    def _sample(self, records: list[dict[str, Any]]) -> None:
+        """Of each reason, and of what is kept, candidates: those with the smallest hash of seed and file."""
+        columns = ("path", "language", "value", "threshold", "size_bytes", "excerpt")
+        for record in records:
+            if record["status"] == "failed":
+                continue
+            group = "kept" if record["status"] == "kept" else f"{record['stage']}: {record['reason']}"
+            name = f"{self.config.seed}:{record['path']}:{record['id']}"
+            draw = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
+            best = self.samples.setdefault(group, [])
+            if len(best) < self.config.samples_per_rule or (best and draw < best[-1]["draw"]):
+                best.append({"draw": draw, **{name: record.get(name) for name in columns}})
+                best.sort(key=lambda row: str(row["draw"]))
+                del best[self.config.samples_per_rule :]
+
+    def result(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it."""
+        return {
+            "fates": [[*fate, n, self.sizes[fate]] for fate, n in sorted(self.files.items())],
+            **{name: dict(sorted(counter.items())) for name, counter in self.found.items()},
+            "totals": dict(self.totals),
+            "samples": dict(sorted(self.samples.items())),
+            "left_out": {name: self.left_out[name] for name in self.listed},
+            **self.listed,
+        }
 
 
 def _reason(record: dict[str, Any]) -> str:
     return "" if record["status"] != "dropped" else str(record["reason"])
-
-
-def _samples(records: list[dict[str, Any]], config: CorpusConfig) -> dict[str, list[dict[str, Any]]]:
-    """For each reason, and for what is kept, the shard's candidates: those with the smallest hash of seed and file."""
-    groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for record in records:
-        if record["status"] == "failed":
-            continue
-        group = "kept" if record["status"] == "kept" else f"{record['stage']}: {record['reason']}"
-        draw = hashlib.sha256(f"{config.seed}:{record['path']}:{record['id']}".encode("utf-8", "replace")).hexdigest()
-        groups.setdefault(group, []).append((draw, record))
-    columns = ("path", "language", "value", "threshold", "size_bytes", "excerpt")
-    return {
-        group: [
-            {"draw": draw, **{name: record.get(name) for name in columns}}
-            for draw, record in sorted(rows, key=lambda row: row[0])[: config.samples_per_rule]
-        ]
-        for group, rows in sorted(groups.items())
-    }

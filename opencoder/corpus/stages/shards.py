@@ -53,6 +53,16 @@ def texts_at(path: Path, places: NDArray[np.int64]) -> Iterator[tuple[NDArray[np
             yield here, column.take(pa.array(places[here] - starts[g])).to_pylist()
 
 
+def row_groups(path: Path) -> Iterator[tuple[int, pa.Table]]:
+    """(place of the first row, rows) of a file of records, a row group at a time, so that a shard may be of any size."""
+    place = 0
+    with pq.ParquetFile(path) as file:
+        for g in range(file.num_row_groups):
+            table = file.read_row_group(g)
+            yield place, table
+            place += len(table)
+
+
 class ShardTexts:
     """The texts of rows, wherever they lie; each call opens a shard once."""
 
