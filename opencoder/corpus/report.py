@@ -1,4 +1,4 @@
-"""What a build did: counts, funnel, kept shares, samples; as report.json and as one self-contained report.html."""
+"""What a build did: counts, funnel, languages, rules, duplicates, samples; report.json. opencoder.corpus.report_page shows it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pyarrow as pa
 
 from opencoder.corpus_config import CorpusConfig
 from opencoder.files import write_json, write_text
 
-from . import dedup, rules
+from . import dedup, report_page, rules
 
 STAGES = ("read", "language", "exact_dedup", "fuzzy_dedup", "transform", "rules", "decontaminate", "sample")
 CLUSTER_EXAMPLES = 10
-SAMPLE_SOURCES = 12
-"""Reasons shown with samples, the commonest first."""
 LISTED = 1000
-"""Failures, signal errors and benchmark matches that the report lists; the rest is counted."""
+"""Failures, signal errors and benchmark matches that the report lists; the rest is counted, in `left_out`."""
+LISTS = ("matches", "failures", "signal_errors")
 
 Fates = list[tuple[str, str, str, str, int, int]]
 """(status, stage, reason, language, files, bytes)."""
@@ -35,34 +33,45 @@ def assemble(
     files = {s: sum(f[4] for f in fates if f[0] == s) for s in ("kept", "dropped", "failed")}
     sizes = {s: sum(f[5] for f in fates if f[0] == s) for s in ("kept", "dropped", "failed")}
     totals = _added(shard["totals"] for shard in counts)
-    recipe = dedup.recipe_of(config.dedup)
-    bands, rows = recipe.bands, recipe.rows
-    reasons = Counter[str]()
-    for status, stage, reason, _, n, _ in fates:
+    reasons, volumes = Counter[str](), Counter[str]()
+    for status, stage, reason, _, n, size in fates:
         if status == "dropped":
             reasons[f"{stage}: {reason}"] += n
+            volumes[f"{stage}: {reason}"] += size
     return {
         "counts": {"in": sum(files.values()), **files},
         "bytes": {"in": sum(sizes.values()), **sizes, "clean": totals.get("clean_bytes", 0)},
         "funnel": _funnel(fates),
         "by_language": _by_language(fates),
-        "by_rule": _by_rule(counts, totals.get("judged", 0)),
+        "by_rule": _by_rule(counts, totals.get("judged", 0), reasons, volumes),
         "by_reason": dict(sorted(reasons.items())),
+        "bytes_by_reason": dict(sorted(volumes.items())),
         "transform": {
             **{name: totals.get(name, 0) for name in ("with_header", "removed_chars", "with_pii")},
             **{name: _added(shard[name] for shard in counts) for name in ("pii", "licences", "licence_sources")},
         },
-        "matches": _listed(counts, "matches"),
-        "failures": _listed(counts, "failures"),
-        "signal_errors": _listed(counts, "signal_errors"),
-        "clusters": _clusters(clusters, groups),
-        "dedup": {
-            "bands": bands,
-            "rows": rows,
-            "threshold": round(dedup.threshold(bands, rows), 4),
-            "s_curve": [[j, round(p, 6)] for j, p in dedup.s_curve(bands, rows)],
+        "decontaminate": {"enabled": bool(config.decontaminate.against), "action": config.decontaminate.action},
+        **{name: _listed(counts, name)[:LISTED] for name in LISTS},
+        "left_out": {
+            name: max(0, len(_listed(counts, name)) - LISTED) + sum(shard["left_out"][name] for shard in counts)
+            for name in LISTS
         },
+        "clusters": _clusters(clusters, groups),
+        "dedup": _dedup(config),
         **_samples(counts, reasons, config),
+    }
+
+
+def _dedup(config: CorpusConfig) -> dict[str, Any]:
+    recipe = dedup.recipe_of(config.dedup)
+    bands, rows = recipe.bands, recipe.rows
+    chosen = config.dedup.model_dump(include={"exact", "fuzzy", "preset", "level", "check_jaccard"})
+    return {
+        **chosen,
+        "bands": bands,
+        "rows": rows,
+        "threshold": round(dedup.threshold(bands, rows), 4),
+        "s_curve": [[j, round(p, 6)] for j, p in dedup.s_curve(bands, rows)],
     }
 
 
@@ -74,7 +83,7 @@ def _added(parts: Any) -> dict[str, int]:
 
 
 def _listed(counts: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    return [row for shard in counts for row in shard[name]][:LISTED]
+    return [row for shard in counts for row in shard[name]]
 
 
 def _funnel(fates: Fates) -> list[dict[str, Any]]:
@@ -90,19 +99,30 @@ def _funnel(fates: Fates) -> list[dict[str, Any]]:
 
 
 def _by_language(fates: Fates) -> list[dict[str, Any]]:
-    table: dict[str, dict[str, int]] = {}
-    for status, _, _, language, n, size in fates:
-        row = table.setdefault(language, {"files": 0, "bytes": 0, "kept": 0, "kept_bytes": 0})
+    """For each language: files and bytes read and kept, and under `dropped` those that each reason took."""
+    table: dict[str, dict[str, Any]] = {}
+    for status, stage, reason, language, n, size in fates:
+        empty = dict.fromkeys(("files", "bytes", "kept", "kept_bytes", "failed", "failed_bytes"), 0)
+        row = table.setdefault(language, {**empty, "dropped": {}})
         row["files"] += n
         row["bytes"] += size
         if status == "kept":
             row["kept"] += n
             row["kept_bytes"] += size
+        elif status == "failed":
+            row["failed"] += n
+            row["failed_bytes"] += size
+        else:
+            cell = row["dropped"].setdefault(f"{stage}: {reason}", {"files": 0, "bytes": 0})
+            cell["files"] += n
+            cell["bytes"] += size
     return sorted(({"language": k, **v} for k, v in table.items()), key=lambda r: (-r["files"], r["language"]))
 
 
-def _by_rule(counts: Sequence[dict[str, Any]], judged: int) -> list[dict[str, Any]]:
-    """For each rule: files it hits, and those that no other rule hits."""
+def _by_rule(
+    counts: Sequence[dict[str, Any]], judged: int, reasons: Counter[str], volumes: Counter[str]
+) -> list[dict[str, Any]]:
+    """For each rule: files it hits, those that no other rule hits, and files and bytes whose first hit it is."""
     hits, alone = (_added(shard[name] for shard in counts) for name in ("hits", "alone"))
     quantities = {rule.published(group): rule.quantity for rule in rules.load_rules() for group in rule.groups}
     return [
@@ -111,6 +131,8 @@ def _by_rule(counts: Sequence[dict[str, Any]], judged: int) -> list[dict[str, An
             "quantity": quantities[name],
             "hits": n,
             "alone": alone.get(name, 0),
+            "first": reasons[f"rules: {name}"],
+            "first_bytes": volumes[f"rules: {name}"],
             "share": round(n / judged, 6),
         }
         for name, n in sorted(hits.items(), key=lambda item: (-item[1], item[0]))
@@ -150,39 +172,17 @@ def _samples(counts: Sequence[dict[str, Any]], reasons: Counter[str], config: Co
         ]
         for reason, rows in drawn.items()
     }
-    shown = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:SAMPLE_SOURCES]
+    shown = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
     return {
         "samples": [{"reason": reason, "files": n, "samples": chosen.get(reason, [])} for reason, n in shown],
         "kept_samples": chosen.get("kept", []),
+        "seed": config.seed,
     }
 
 
 def write(output: Path, result: dict[str, Any]) -> None:
-    """report.json and report.html."""
+    """report.json, report.html and timings.html. Times stand in the last only, and in `timings` of the first: all else is the
+    same at each run."""
     write_json(output / "report.json", result)
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(size=human_size, count=lambda n: f"{n:,}", percent=lambda x: f"{x:.1%}", number=_number)
-    page = environment.get_template("report.html.j2")
-    write_text(
-        output / "report.html",
-        page.render(curve=_curve_points(result), **{k: v for k, v in result.items() if k != "timings"}),
-    )
-
-
-def human_size(n: float) -> str:
-    """12,345,678 → 12.3 MB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    raise AssertionError
-
-
-def _number(x: float | None) -> str:
-    return "" if x is None else f"{x:,.4g}"
-
-
-def _curve_points(result: dict[str, Any]) -> str:
-    """The S-curve as points of an SVG polyline in a box of 300 × 120."""
-    return " ".join(f"{(j - 0.5) * 600:.1f},{120 - 120 * p:.1f}" for j, p in result["dedup"]["s_curve"])
+    write_text(output / "report.html", report_page.report(result))
+    write_text(output / "timings.html", report_page.timings(result["timings"]))
