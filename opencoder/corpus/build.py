@@ -40,8 +40,6 @@ UNPACKED = 5
 """Bytes of text per byte of a packed container; source code packs 3 to 10 times."""
 CLUSTERS = pa.schema([("id", pa.string()), ("kept_id", pa.string()), ("jaccard", pa.float64()), ("path", pa.string()),
                       ("kept_path", pa.string()), ("kind", pa.string())])  # fmt: skip
-NEAR_EXAMPLES = pa.schema([("row", pa.int64()), ("path", pa.string()), ("kept_path", pa.string()), ("jaccard", pa.float64()),
-                           ("excerpt", pa.string()), ("kept_excerpt", pa.string())])  # fmt: skip
 
 
 def build_corpus(
@@ -80,8 +78,7 @@ def build_corpus(
     counts = [
         json.loads((work / f"output/{n:06d}.counts.json").read_text(encoding="utf-8")) for n in range(len(shards))
     ]
-    near = [{"row": i, **row} for i, row in enumerate(row for shard in counts for row in shard["near"])]
-    result = report.assemble(counts, clusters, pa.Table.from_pylist(near, schema=NEAR_EXAMPLES), config)
+    result = report.assemble(counts, clusters, config)
     timings = {"tasks": done.wall_s, "cpu": done.cpu_s, "peak_worker_bytes": done.peak_rss_bytes,
                **plan.stage_seconds(work, tasks), "total": time.monotonic() - start}  # fmt: skip
     _finish(output, work, len(shards), clusters, result, config, fingerprint, timings)

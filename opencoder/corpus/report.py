@@ -24,9 +24,7 @@ Fates = list[tuple[str, str, str, str, int, int]]
 """(status, stage, reason, language, files, bytes)."""
 
 
-def assemble(
-    counts: Sequence[dict[str, Any]], clusters: pa.Table, groups: pa.Table, config: CorpusConfig
-) -> dict[str, Any]:
+def assemble(counts: Sequence[dict[str, Any]], clusters: pa.Table, config: CorpusConfig) -> dict[str, Any]:
     """The report's numbers from the counts of the shards (opencoder.corpus.stages.output), the table of clusters and the
     near-duplicates. The order of the shards changes nothing but that of lists."""
     fates: Fates = [tuple(row) for shard in counts for row in shard["fates"]]
@@ -56,7 +54,7 @@ def assemble(
             name: max(0, len(_listed(counts, name)) - LISTED) + sum(shard["left_out"][name] for shard in counts)
             for name in LISTS
         },
-        "clusters": _clusters(clusters, groups),
+        "clusters": _clusters(clusters, counts),
         "dedup": _dedup(config),
         **_samples(counts, reasons, config),
     }
@@ -139,7 +137,7 @@ def _by_rule(
     ]
 
 
-def _clusters(clusters: pa.Table, groups: pa.Table) -> dict[str, Any]:
+def _clusters(clusters: pa.Table, counts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Number and sizes of clusters of each kind, and examples of the near-duplicates, the least similar first."""
     found: dict[str, Any] = {}
     kinds, ids, paths = (clusters[name].to_pylist() for name in ("kind", "kept_id", "kept_path"))
@@ -151,10 +149,8 @@ def _clusters(clusters: pa.Table, groups: pa.Table) -> dict[str, Any]:
             "dropped": sum(sizes.values()),
             "sizes": {str(k): spread[k] for k in sorted(spread)},
         }
-    examples = groups.filter(pa.compute.is_valid(groups["excerpt"])).to_pylist()
-    shown = sorted(examples, key=lambda row: (row["jaccard"], row["row"]))[:CLUSTER_EXAMPLES]
-    columns = ("path", "kept_path", "jaccard", "excerpt", "kept_excerpt")
-    found["examples"] = [{name: row[name] for name in columns} for row in shown]
+    pairs = [pair for shard in counts for pair in shard["near"]]
+    found["examples"] = sorted(pairs, key=lambda pair: pair["jaccard"])[:CLUSTER_EXAMPLES]
     return found
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from . import dedup
 from .report_text import marked_pair, visible
-from .stages.duplicates import EXCERPT_CHARS
+from .stages.near import PAIR_CHARS
 
 STAGES = {
     "failed": "could not be opened or taken apart",
@@ -52,8 +52,8 @@ def report(result: Mapping[str, Any]) -> str:
         languages_of=_languages_of(result["by_language"]),
         quantities={f"rules: {row['rule']}": row["quantity"] for row in result["by_rule"]},
         sizes={kind: size_classes(result["clusters"][kind]["sizes"]) for kind in ("exact", "fuzzy")},
-        pairs=[marked_pair(row["excerpt"], row["kept_excerpt"], cut=EXCERPT_CHARS) for row in result["clusters"]["examples"]],
-        excerpt_chars=EXCERPT_CHARS,
+        pairs=[marked_pair(row["excerpt"], row["kept_excerpt"], cut=PAIR_CHARS) for row in result["clusters"]["examples"]],
+        excerpt_chars=PAIR_CHARS,
         curve=curve(recipe["bands"], recipe["rows"]),
     )  # fmt: skip
 

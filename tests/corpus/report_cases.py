@@ -7,12 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from opencoder.config import load_corpus_config
 from opencoder.corpus import report
 from opencoder.corpus.build import CLUSTERS, build_corpus
-from opencoder.corpus.stages.duplicates import GROUPS
 
 from .test_build import good
 
@@ -84,14 +81,14 @@ def counts(fates: list[list[Any]], **more: Any) -> dict[str, Any]:
     empty: dict[str, Any] = {
         name: {} for name in ("hits", "alone", "pii", "licences", "licence_sources", "totals", "samples")
     }
-    lists: dict[str, Any] = {name: [] for name in report.LISTS}
+    lists: dict[str, Any] = {name: [] for name in (*report.LISTS, "near")}
     return {"fates": fates, **empty, **lists, "left_out": dict.fromkeys(report.LISTS, 0), **more}
 
 
 def assembled(shards: list[dict[str, Any]], *overrides: str) -> dict[str, Any]:
     """The report of these counts, with neither duplicates nor a build."""
     config = load_corpus_config(None, list(overrides))
-    found = report.assemble(shards, CLUSTERS.empty_table(), pa.Table.from_pylist([], GROUPS), config)
+    found = report.assemble(shards, CLUSTERS.empty_table(), config)
     return {**found, "timings": TIMINGS}
 
 

@@ -176,6 +176,22 @@ def test_headers_and_personal_data_go_and_the_licence_stays_known(tmp_path: Path
     assert report["transform"]["with_header"] == 1
 
 
+def test_the_report_shows_no_personal_data_that_the_corpus_does_not_hold(tmp_path: Path) -> None:
+    mail = 'ADMIN = "jane.doe@gmail.com"\n'
+    files = {"a.py": mail + good(1), "copy.py": mail + good(1), "near.py": mail + good(1) + "# other\n", "bad.py": mail}
+    root = sources(tmp_path / "src", files)
+    build([root], tmp_path / "out", "dedup.preset=bigcode")
+    dropped = {row["path"]: row for row in rows(tmp_path / "out", "dropped")}
+    assert {name: row["stage"] for name, row in dropped.items()} == {
+        "copy.py": "exact_dedup", "near.py": "fuzzy_dedup", "bad.py": "rules",
+    }  # fmt: skip
+    assert all(row["excerpt"].startswith('ADMIN = "<email>"') for row in dropped.values())
+    for file in ("report.json", "report.html"):
+        assert "jane.doe" not in (tmp_path / "out" / file).read_text()
+    build([root], tmp_path / "raw", "dedup.preset=bigcode", "transform.enabled=false")
+    assert "jane.doe" in (tmp_path / "raw" / "report.json").read_text()
+
+
 def test_licence_files_without_a_language_speak_for_their_folder(tmp_path: Path) -> None:
     """LICENSE-MIT and COPYING.LIB have no known language: they are dropped, and their licence is known all the same."""
     root = sources(tmp_path / "src", {"repo/LICENSE-MIT": MIT, "repo/own.py": good(1), "own.py": good(2)})

@@ -146,6 +146,10 @@ def test_the_nearest_licence_file_counts() -> None:
 def test_the_nearest_evidence_counts() -> None:
     assert licence_of(["MIT"], ["GPL-2.0-only"], given="BSD-2-Clause", file="ISC") == Licence("MIT", "spdx")
     assert licence_of(["MIT OR ISC", "Zlib"], []) == Licence("(MIT OR ISC) AND Zlib", "spdx")
+    linux = "(GPL-2.0 WITH Linux-syscall-note) OR MIT"
+    assert licence_of([linux], []) == licence_of([f"({linux})"], []) == Licence(linux, "spdx")
+    assert licence_of(["(GPL-2.0-only) OR (MIT)"], []).expression == "(GPL-2.0-only) OR (MIT)"
+    assert licence_of([linux, "(Zlib OR ISC)"], []).expression == f"({linux}) AND (Zlib OR ISC)"
     assert licence_of([], ["MIT", "Zlib"], given="BSD-2-Clause") == Licence("MIT AND Zlib", "notice")
     assert licence_of([], [], given="BSD-2-Clause", file="ISC") == Licence("BSD-2-Clause", "given")
     assert licence_of([], [], file="ISC") == Licence("ISC", "file")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from opencoder.corpus_config import CorpusConfig
 
 from .. import dedup
-from .near import EXCERPT_CHARS, EXCERPTS
+from .near import EXCERPTS, PAIR_CHARS
 from .shards import COPIES, NEAR, ShardTexts, write_by_shard
 
 NO_NUMBER = -1
@@ -188,7 +188,7 @@ def repository_groups(inputs: list[Path], outputs: list[Path], *, shards: int, c
     shown = set(np.lexsort((pairs[:, 1], similarity))[:EXCERPTS].tolist())
     found: list[tuple[Any, ...]] = []
     for i, (root, member) in enumerate(pairs.tolist()):
-        excerpts = [text[:EXCERPT_CHARS] for text in fetch(np.array([member, root]))] if i in shown else [None, None]
+        excerpts = [text[: 2 * PAIR_CHARS] for text in fetch(np.array([member, root]))] if i in shown else [None, None]
         for row in files[member]:
             found.append((row, files[root][0], similarity[i], *excerpts))
             excerpts = [None, None]  # once for a repository

@@ -36,11 +36,14 @@ JUDGED = pa.schema(
         ("transform", pa.string()),
         ("removed_chars", pa.int64()),
         ("pii", pa.string()),
+        ("excerpt", pa.string()),
         ("text", pa.large_string()),
     ]
 )
 """One row per record that dedup left. place: in the shard. size_bytes: of the text in UTF-8, which is null unless the record
-stays. hits, errors, matches, transform and pii are JSON."""
+stays. excerpt: of every one, so that reports show no personal data. hits, errors, matches, transform and pii are JSON."""
+EXCERPT_CHARS = 600
+"""Characters of a file that the report may show."""
 MATCHES = 20
 """Places of benchmark tasks that are listed per document."""
 
@@ -88,7 +91,7 @@ class _Judge:
             found = self._benchmarks(row, text)
             dropped = dropped or found
         row["size_bytes"] = len(text.encode("utf-8", "surrogatepass"))
-        row["text"] = text
+        row |= {"text": text, "excerpt": text[:EXCERPT_CHARS]}
         if dropped is not None:
             row |= dict(zip(("stage", "reason", "value", "threshold"), dropped, strict=True))
             row |= {"status": "dropped", "text": None}

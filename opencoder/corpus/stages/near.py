@@ -13,7 +13,8 @@ from .shards import texts_at
 
 EXCERPTS = 20
 """Pairs of a shard whose texts the report may show side by side, the least similar first."""
-EXCERPT_CHARS = 1500
+PAIR_CHARS = 1500
+"""Characters of each that are shown; the excerpts here are twice as long, for their ends are not."""
 
 
 def compare(rows: list[dict[str, Any]], texts: list[str], folder: Path, ngram: int) -> None:
@@ -40,4 +41,4 @@ def _fill(rows: list[dict[str, Any]], mine: list[str], kept: list[str], ngram: i
     pairs = np.arange(2 * len(rows), dtype=np.int64).reshape(2, -1).T.copy()
     found = np.round(dedup.jaccard_of_pairs([*mine, *kept], pairs, ngram), 8)
     for row, value, a, b in zip(rows, found.tolist(), mine, kept, strict=True):
-        row |= {"jaccard": value, "excerpt": a[:EXCERPT_CHARS], "kept_excerpt": b[:EXCERPT_CHARS]}
+        row |= {"jaccard": value, "excerpt": a[: 2 * PAIR_CHARS], "kept_excerpt": b[: 2 * PAIR_CHARS]}

@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 from opencoder.corpus_config import CorpusConfig
 
 from .. import sample as sampling
-from .near import compare, examples
+from ..transform import transform
+from .judging import EXCERPT_CHARS
+from .near import PAIR_CHARS, compare, examples
 from .shards import row_groups
 
 CLEAN = (
@@ -34,8 +36,6 @@ TYPES = {
 }  # fmt: skip
 EXAMPLE = ("path", "kept_path", "jaccard", "excerpt", "kept_excerpt")
 """What the report needs of pairs of near-duplicates to be shown."""
-EXCERPT_CHARS = 600
-"""Characters of a dropped file that the report may show."""
 FAILURES = 1000
 """Failures and signal errors that a shard lists."""
 
@@ -72,14 +72,17 @@ def output(inputs: list[Path], outputs: list[Path], *, config: dict[str, Any]) -
             compare(
                 alike, [records[row["place"] - start]["text"] for row in alike], inputs[0].parent, settings.dedup.ngram
             )
-            shown = examples([*shown, *({**row, "path": records[row["place"] - start]["path"]} for row in alike)])
+            shown = examples([*shown, *({**_named(records[row["place"] - start]), **row} for row in alike)])
             of_place = {row["place"]: row for row in judged.to_pylist()}
+            _add_excerpts([r for place, r in zip(places, records, strict=True) if place not in of_place], settings)
             for place, record in zip(places, records, strict=True):
                 _settle(record, copies.get(place), near.get(place), of_place.get(place), cut.get(place))
             for writer, (status, columns) in zip(writers, statuses, strict=True):
                 if some := [r for r in records if r["status"] == status]:
                     writer.write_table(_table(some, columns), row_group_size=1024)
             counts.add(records)
+    for row in shown:
+        row |= {name: _excerpt(row[name], row, settings, PAIR_CHARS) for name in ("excerpt", "kept_excerpt")}
     found = counts.result() | {"near": [{name: row[name] for name in EXAMPLE} for row in shown]}
     outputs[3].write_text(json.dumps(found, sort_keys=True), encoding="utf-8")
 
@@ -109,18 +112,38 @@ def _settle(
         threshold = f"in the near-duplicate cluster of {near['kept_path']}"
         _drop(record, "fuzzy_dedup", "near_duplicate", near["jaccard"], threshold, **kept)
     elif judged is not None:
-        excerpt = (record["text"] or "")[:EXCERPT_CHARS]
         size = record["size_bytes"]
         record |= {name: value for name, value in judged.items() if name != "place"}
-        record |= {"excerpt": excerpt, "clean_bytes": judged["size_bytes"], "size_bytes": size}
+        record |= {"clean_bytes": judged["size_bytes"], "size_bytes": size}
         if cut is not None:
             _drop(record, cut.stage, cut.reason, cut.value, cut.threshold)
 
 
+def _named(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in ("path", "language")}
+
+
+def _add_excerpts(records: list[dict[str, Any]], config: CorpusConfig) -> None:
+    """Of records that were not judged; those with the same bytes in one go."""
+    made: dict[tuple[Any, ...], str] = {}
+    for record in records:
+        key = (record["id"], record["language"], record["text"] is None)
+        if key not in made:
+            made[key] = _excerpt(record["text"], record, config, EXCERPT_CHARS)
+        record["excerpt"] = made[key]
+
+
+def _excerpt(text: str | None, record: dict[str, Any], config: CorpusConfig, chars: int) -> str:
+    """The beginning of a text as a report may show it: without the personal data that the corpus does not hold either."""
+    begin = (text or "")[: 2 * chars]  # what is cut at its end is not recognised, and not shown
+    if config.transform.enabled:
+        begin = transform(begin, language=record["language"], path=record["path"], config=config.transform).text
+    return begin[:chars]
+
+
 def _drop(record: dict[str, Any], stage: str, reason: str, value: float | None, threshold: str, **more: Any) -> None:
-    excerpt = record.get("excerpt") or (record["text"] or "")[:EXCERPT_CHARS]
     record |= {"status": "dropped", "stage": stage, "reason": reason, "value": value, "threshold": threshold}
-    record |= {"text": None, "excerpt": excerpt, **more}
+    record |= {"text": None, **more}
 
 
 def _schema(columns: Iterable[str]) -> pa.Schema:

@@ -170,14 +170,27 @@ def _conjunction(ids: Iterable[str]) -> str:
     return " AND ".join(dict.fromkeys(ids))
 
 
+def _bare(expression: str) -> str:
+    """Without brackets around all of it: not `(A) OR (B)`."""
+    depth = 0
+    for i, character in enumerate(expression):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            whole = character == ")" and i == len(expression) - 1
+            return _bare(expression[1:-1].strip()) if whole and i else expression
+    return expression
+
+
 def licence_of(
     spdx: Iterable[str], notice: Iterable[str], *, given: str | None = None, file: str | None = None
 ) -> Licence:
     """The licence that applies, the nearest evidence first: SPDX tags, words of the header, the input's column, the
     repository's licence file."""
-    tags = [f"({tag})" if re.search(r" (OR|AND) ", tag) else tag for tag in dict.fromkeys(spdx)]
+    tags = list(dict.fromkeys(map(_bare, spdx)))
+    if len(tags) == 1:
+        return Licence(tags[0], "spdx")
     if tags:
-        return Licence(tags[0].strip("()") if len(tags) == 1 else " AND ".join(tags), "spdx")
+        return Licence(" AND ".join(f"({tag})" if re.search(r" (OR|AND) ", tag) else tag for tag in tags), "spdx")
     if words := _conjunction(notice):
         return Licence(words, "notice")
     if given:
