@@ -2,7 +2,7 @@
 verdicts; on the Python standard library's source, the signals also on the files given with --input.
 
 One process, one thread; the sides alternate and the best of each counts. datasketch's time is given with and without
-its shingling, which it leaves to Python."""
+its shingling, which it leaves to Python. `--only build` measures the whole of build-corpus (opencoder.tools.bench_build)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 from opencoder.console import Parser, run
 from opencoder.files import write_json
-from opencoder.tools import bench_signals
+from opencoder.tools import bench_build, bench_signals
 from opencoder.tools.bench_dedup import NGRAM, dedup_rates, minhash_rates
 
-PARTS = ("minhash", "dedup", "signals")
+PARTS = ("minhash", "dedup", "signals", "build")
+"""`build` has to be asked for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-perm", type=int, default=2048, help="slots of a signature")
     parser.add_argument("--megabytes", type=float, default=2.0, help="text for MinHash, and for datasketch throughout")
     parser.add_argument("--dedup-megabytes", type=float, default=20.0, help="text for our dedup")
-    parser.add_argument("--input", nargs="+", help="folders or files for the signals; default: the standard library")
+    parser.add_argument(
+        "--input", nargs="+", help="folders or files for signals and builds; default: the standard library"
+    )
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="of the builds; --only build")
+    parser.add_argument("--folder", help="where the builds write, with as much room as the input; --only build")
     parser.add_argument("--signal-megabytes", type=float, default=20.0, help="text for the signals")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each; the best counts")
     parser.add_argument("--json", help="file for the numbers")
@@ -54,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = bench_signals.measure(bench_signals.read_files(inputs, args.signal_megabytes), args.rounds)
         print(bench_signals.table(rows))
         result["signals"] = rows
+    if args.only == "build":
+        found = bench_build.measure(args.input or [sysconfig.get_paths()["stdlib"]], args.workers, args.folder)
+        print(bench_build.table(found))
+        result["build"] = found
     if args.json:
         write_json(args.json, result)
     return 0

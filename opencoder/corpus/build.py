@@ -31,6 +31,7 @@ from . import dedup, plan, report
 from . import sample as sampling
 from .decontaminate import benchmark_files
 from .engine import make_executor, run
+from .engine.memory import peak_rss
 from .read import Item, check_columns, find_items
 from .transform.licence import check_allow_list
 
@@ -79,7 +80,7 @@ def build_corpus(
         json.loads((work / f"output/{n:06d}.counts.json").read_text(encoding="utf-8")) for n in range(len(shards))
     ]
     result = report.assemble(counts, clusters, config)
-    timings = {"tasks": done.wall_s, "cpu": done.cpu_s, "peak_worker_bytes": done.peak_rss_bytes,
+    timings = {"tasks": done.wall_s, "cpu": done.cpu_s, "peak_worker_bytes": done.peak_rss_bytes, "peak_driver_bytes": peak_rss(),
                **plan.stage_seconds(work, tasks), "total": time.monotonic() - start}  # fmt: skip
     _finish(output, work, len(shards), clusters, result, config, fingerprint, timings)
     if not keep_work:

@@ -60,7 +60,7 @@ def report(result: Mapping[str, Any]) -> str:
 
 def timings(seconds: Mapping[str, float]) -> str:
     """timings.html: `timings` of the report, which stands apart because it differs from run to run."""
-    whole = {"total", "tasks", "cpu", "peak_worker_bytes"}
+    whole = {"total", "tasks", "cpu", "peak_worker_bytes", "peak_driver_bytes"}
     known = [*TASKS, *(name for name in seconds if name not in TASKS)]
     stages = {name: seconds[name] for name in known if name in seconds and name not in whole}
     return (

@@ -25,6 +25,7 @@ TIMINGS = {
     "tasks": 61.0,
     "cpu": 100.5,
     "peak_worker_bytes": 540_000_256,
+    "peak_driver_bytes": 210_000_128,
     "read": 44.04,
     "judge": 295.05,
     "total": 9000.0,
