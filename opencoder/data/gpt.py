@@ -3,7 +3,7 @@ samples that overlap by one token, samples shuffled. The order depends on the se
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -59,7 +59,6 @@ class GPTDataset:
     ) -> None:
         self.data, self.seq_len = data, seq_len
         end = len(data) if end is None else end
-        sequences = np.arange(begin, end, dtype=np.int32)
         epoch_tokens = int(data.sizes[begin:end].sum(dtype=np.int64))
         if epoch_tokens < seq_len + 1:
             raise DataError(
@@ -70,7 +69,7 @@ class GPTDataset:
         available = (epochs * epoch_tokens - 1) // seq_len
         separate_at = _separate_at(epochs, epoch_tokens, seq_len, num_samples)
         random = np.random.RandomState(seed)
-        self.document_index = _document_index(sequences, epochs, random, separate_last=separate_at is not None)
+        self.document_index = _document_index((begin, end), epochs, random, separate_last=separate_at is not None)
         self.sample_index = build_sample_index(
             np.asarray(data.sizes), self.document_index, seq_len=seq_len, num_samples=available
         )
@@ -80,19 +79,24 @@ class GPTDataset:
         return len(self.shuffle_index)
 
     def __getitem__(self, i: int) -> Sample:
-        k = int(self.shuffle_index[i])
+        k = self.shuffle_index.item(i)
         (first, start), (last, stop) = self.sample_index[k].tolist(), self.sample_index[k + 1].tolist()
+        documents = self.document_index[first : last + 1].tolist()
         pieces = []
-        for position in range(first, last + 1):
-            document = int(self.document_index[position])
-            begin = start if position == first else 0
-            end = stop + 1 if position == last else int(self.data.sizes[document])
+        for n, document in enumerate(documents):
+            begin = start if n == 0 else 0
+            end = stop + 1 if n == last - first else self.data.sizes.item(document)
             pieces.append(self.data.get(document, begin, end - begin))
-        text = np.concatenate(pieces).astype(np.int64)
+        text = np.concatenate(pieces, dtype=np.int64)
         assert len(text) == self.seq_len + 1, (len(text), self.seq_len)
-        ends = np.cumsum([len(piece) for piece in pieces])
-        bounds = np.unique(np.clip(np.concatenate([[0], ends]), 0, self.seq_len)).astype(np.int32)
-        return Sample(text[:-1], text[1:], bounds)
+        return Sample(text[:-1], text[1:], _bounds([len(piece) for piece in pieces]))
+
+
+def _bounds(lengths: list[int]) -> NDArray[np.int32]:
+    """Ends of the pieces that hold tokens, from 0 to their sum less the last label."""
+    *ends, total = accumulate(lengths)
+    inner = {end for end in ends if 0 < end < total - 1}
+    return np.array([0, *sorted(inner), total - 1], np.int32)
 
 
 def _epochs(num_samples: int, seq_len: int, epoch_tokens: int) -> int:
@@ -110,24 +114,24 @@ def _separate_at(epochs: int, epoch_tokens: int, seq_len: int, num_samples: int 
 
 
 def _document_index(
-    sequences: NDArray[np.int32], epochs: int, random: np.random.RandomState, *, separate_last: bool
+    sequences: tuple[int, int], epochs: int, random: np.random.RandomState, *, separate_last: bool
 ) -> NDArray[np.int32]:
+    """Made in place: at 10^8 documents a second copy would be felt."""
+    begin, end = sequences
+    index = np.empty((epochs, end - begin), np.int32)
+    index[:] = np.arange(begin, end, dtype=np.int32)
+    flat = index.reshape(-1)
     if not separate_last:
-        index = np.tile(sequences, epochs)
-        random.shuffle(index)
-        return index
-    index, last = np.tile(sequences, epochs - 1), sequences.copy()
-    random.shuffle(index)
-    random.shuffle(last)
-    return np.concatenate([index, last])
+        random.shuffle(flat)
+        return flat
+    random.shuffle(flat[: -(end - begin)])
+    random.shuffle(flat[-(end - begin) :])
+    return flat
 
 
 def _shuffle_index(first: int, total: int, random: np.random.RandomState) -> NDArray[np.generic]:
-    dtype = np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64
-    index = np.arange(first, dtype=dtype)
-    random.shuffle(index)
-    if first == total:
-        return index
-    rest = np.arange(first, total, dtype=dtype)
-    random.shuffle(rest)
-    return np.concatenate([index, rest])
+    index = np.arange(total, dtype=np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64)
+    random.shuffle(index[:first])
+    if first < total:
+        random.shuffle(index[first:])
+    return index
