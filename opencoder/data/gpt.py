@@ -4,16 +4,19 @@ samples that overlap by one token, samples shuffled. The order depends on the se
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opencoder.errors import DataError
 
+from .cache import IndexCache
 from .index import build_sample_index
 from .indexed import IndexedDataset
 
+INDICES = ("document", "sample", "shuffle")
 SEPARATE_LAST_EPOCH_BELOW = 0.80
 """If less than this share of the last epoch is wanted, it is shuffled apart: its few documents stay at the end."""
 
@@ -42,8 +45,14 @@ def split_bounds(split: str, n: int) -> list[tuple[int, int]]:
     return list(pairwise(at))
 
 
+def cache_folder(prefix: str) -> Path:
+    """Where the indices of a dataset are kept if nothing else is asked for; it may be deleted at any time."""
+    return Path(f"{prefix}.cache")
+
+
 class GPTDataset:
-    """`num_samples` samples of `seq_len` tokens from documents [begin, end) of `data`; None: one epoch.
+    """`num_samples` samples of `seq_len` tokens from documents [begin, end) of `data`; None: one epoch. Without a
+    `cache` its indices are built in memory.
 
     Raises DataError if the range holds too few tokens for one sample."""
 
@@ -56,6 +65,7 @@ class GPTDataset:
         seed: int,
         begin: int = 0,
         end: int | None = None,
+        cache: IndexCache | None = None,
     ) -> None:
         self.data, self.seq_len = data, seq_len
         end = len(data) if end is None else end
@@ -68,12 +78,21 @@ class GPTDataset:
         epochs = 1 if num_samples is None else _epochs(num_samples, seq_len, epoch_tokens)
         available = (epochs * epoch_tokens - 1) // seq_len
         separate_at = _separate_at(epochs, epoch_tokens, seq_len, num_samples)
-        random = np.random.RandomState(seed)
-        self.document_index = _document_index((begin, end), epochs, random, separate_last=separate_at is not None)
-        self.sample_index = build_sample_index(
-            np.asarray(data.sizes), self.document_index, seq_len=seq_len, num_samples=available
-        )
-        self.shuffle_index = _shuffle_index(separate_at or available, available, random)
+
+        def build() -> dict[str, NDArray[Any]]:
+            random = np.random.RandomState(seed)
+            documents = _document_index((begin, end), epochs, random, separate_last=separate_at is not None)
+            samples = build_sample_index(np.asarray(data.sizes), documents, seq_len=seq_len, num_samples=available)
+            shuffle = _shuffle_index(separate_at or available, available, random)
+            return {"document": documents, "sample": samples, "shuffle": shuffle}
+
+        if cache is None:
+            indices = build()
+        else:
+            asked = {"seq_len": seq_len, "num_samples": num_samples, "seed": seed, "documents": [begin, end]}
+            what = {"kind": "gpt", "lengths": data.lengths_hash, **asked}
+            indices = cache.get(cache_folder(data.prefix), what, INDICES, build)
+        self.document_index, self.sample_index, self.shuffle_index = (indices[name] for name in INDICES)
 
     def __len__(self) -> int:
         return len(self.shuffle_index)

@@ -6,8 +6,10 @@ array (documents + 1), then int32[N] lengths in tokens, int64[N] byte offsets in
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -160,6 +162,11 @@ class IndexedDataset:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    @cached_property
+    def lengths_hash(self) -> str:
+        """Hex SHA-256 of the lengths: what the sample index depends on."""
+        return hashlib.sha256(self.sizes.data).hexdigest()
 
     def __getitem__(self, i: int) -> NDArray[np.generic]:
         return self.get(i)
