@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from opencoder.errors import DataError
 
 from .cache import IndexCache
+from .fim import Fim
 from .index import build_sample_index
 from .indexed import IndexedDataset
 
@@ -66,8 +67,9 @@ class GPTDataset:
         begin: int = 0,
         end: int | None = None,
         cache: IndexCache | None = None,
+        fim: Fim | None = None,
     ) -> None:
-        self.data, self.seq_len = data, seq_len
+        self.data, self.seq_len, self.fim = data, seq_len, fim
         end = len(data) if end is None else end
         epoch_tokens = int(data.sizes[begin:end].sum(dtype=np.int64))
         if epoch_tokens < seq_len + 1:
@@ -105,7 +107,11 @@ class GPTDataset:
         for n, document in enumerate(documents):
             begin = start if n == 0 else 0
             end = stop + 1 if n == last - first else self.data.sizes.item(document)
-            pieces.append(self.data.get(document, begin, end - begin))
+            piece = self.data.get(document, begin, end - begin)
+            if self.fim is not None:
+                whole = end == self.data.sizes.item(document)
+                piece = self.fim.apply(piece.astype(np.int64), slot=first + n, offset=begin, ends_document=whole)
+            pieces.append(piece)
         text = np.concatenate(pieces, dtype=np.int64)
         assert len(text) == self.seq_len + 1, (len(text), self.seq_len)
         return Sample(text[:-1], text[1:], _bounds([len(piece) for piece in pieces]))

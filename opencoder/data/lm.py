@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from opencoder.errors import DataError
 
 from .cache import IndexCache
+from .fim import Fim
 from .gpt import GPTDataset, Sample, cache_folder, split_bounds
 from .index import build_blending_indices
 from .indexed import IndexedDataset
@@ -57,6 +58,7 @@ def build_lm_dataset(
     split: str = "1,0,0",
     part: int = 0,
     cache: IndexCache | None = None,
+    fim: Fim | None = None,
 ) -> GPTDataset | BlendedDataset:
     """`num_samples` samples from the (prefix, weight) pairs; `part` 0, 1, 2 = training, validation, test of `split`.
 
@@ -71,7 +73,9 @@ def build_lm_dataset(
         wanted = num_samples
         if len(blend) > 1:
             wanted = math.ceil(math.ceil(num_samples * weight / total) * (1 + SURPLUS))
-        members[m] = GPTDataset(data, seq_len=seq_len, num_samples=wanted, seed=seed, begin=begin, end=end, cache=cache)
+        members[m] = GPTDataset(
+            data, seq_len=seq_len, num_samples=wanted, seed=seed, begin=begin, end=end, cache=cache, fim=fim
+        )
     if len(blend) == 1:
         return members[0]
     return BlendedDataset([members[m] for m in range(len(blend))], [w for _, w in blend], num_samples, cache)
