@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .mesh import AXES, Mesh
+from .mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def as_global(local: torch.Tensor, placement: Placement, mesh: Mesh) -> torch.Te
         return local
     per_axis = [
         Shard(placement.shard_dim) if name == placement.axis and placement.shard_dim is not None else Replicate()
-        for name in AXES
+        for name in mesh.device_mesh.mesh_dim_names or ()
     ]
     shape = torch.Size(placement.global_shape)
     return DTensor.from_local(
