@@ -79,7 +79,7 @@ def test_kernels_know_nothing_of_the_rest() -> None:
 # Who may call torch.distributed: one file for collectives, checkpoints for torch's own format.
 DISTRIBUTED = {
     "opencoder/parallel/group.py",
-    "opencoder/parallel/placement.py",
+    "opencoder/checkpoint/parts.py",
     "opencoder/checkpoint/native.py",
     "opencoder/checkpoint/hf.py",
 }
