@@ -21,7 +21,8 @@ from opencoder.errors import ConfigError, Failure
 from opencoder.files import write_text
 from opencoder.model.decoder import Documents, named_parameters
 from opencoder.model.initialise import build_model
-from opencoder.optim.optimizer import Optimizer
+from opencoder.optim.base import Optimizer
+from opencoder.optim.optimizer import ReplicatedOptimizer
 from opencoder.optim.schedule import lr_at
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import placement_of
@@ -48,7 +49,7 @@ class Trainer:
         self.model = build_model(
             config.model, mesh, dtype=self.dtype, device=device, seed=t.seed, recompute=t.recompute
         )
-        self.optimizer = Optimizer(named_parameters(self.model), config.optim, mesh)
+        self.optimizer: Optimizer = ReplicatedOptimizer(named_parameters(self.model), config.optim, mesh)
         self.step, self.tokens = 0, 0
         self.saved_step: int | None = None
         self.stages: list[dict[str, Any]] = []
@@ -83,7 +84,7 @@ class Trainer:
             self._say(f"resumed from {found} at step {self.step}")
         elif c.load is not None:
             self._load_weights(c.load)
-            self.optimizer = Optimizer(named_parameters(self.model), self.config.optim, self.mesh)
+            self.optimizer.weights_changed()
         self.stages = plan_stages(self.config, saved_stages)
 
     def _check_same_data(self, before: Config) -> None:
@@ -201,7 +202,7 @@ class Trainer:
             (loss_sum / count).backward()
             self.optimizer.fold_gradients()
             total += loss_sum.detach()
-        grad_norm = self.optimizer.reduce_gradients()
+        grad_norm = self.optimizer.finish_reduction()
         loss = float(self.mesh.dp.all_reduce(total)) / count
         if not math.isfinite(loss) or not math.isfinite(float(grad_norm)):
             raise Failure(
@@ -209,7 +210,7 @@ class Trainer:
                 "look at the data of this step; the newest checkpoint is from before it"
             )
         lr = lr_at(self.step, self.config.optim, self.total_steps)
-        self.optimizer.step(lr=lr, grad_norm=grad_norm)
+        self.optimizer.step(lr=lr)
         return loss, float(grad_norm), lr
 
     def _loss(self, mb: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
