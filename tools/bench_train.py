@@ -177,7 +177,7 @@ def _ours(config: Any, ids: Any) -> tuple[Callable[[], float], int]:
         optimizer.fold_gradients()
         optimizer.finish_reduction()
         optimizer.step(lr=3e-4)
-        return loss.item() / count
+        return float(loss.detach() / count)
 
     return step, sum(p.numel() for p in model.parameters())
 
