@@ -11,7 +11,7 @@ import torch
 from opencoder.config import OptimConfig
 from opencoder.model.decoder import named_parameters
 from opencoder.model.initialise import build_model
-from opencoder.optim.optimizer import Optimizer
+from opencoder.optim.optimizer import ReplicatedOptimizer
 from opencoder.parallel.mesh import create_mesh
 from opencoder.parallel.placement import placement_of
 from tests.harness import run_ranks
@@ -28,7 +28,7 @@ def one_update(
     config = model_config(base)
     mesh = create_mesh(tp=tp)
     model = build_model(config, mesh, dtype=dtype, device=torch.device("cpu"), seed=3)
-    optimizer = Optimizer(named_parameters(model), OptimConfig(clip_norm=0.1, lr=1e-3), mesh)
+    optimizer = ReplicatedOptimizer(named_parameters(model), OptimConfig(clip_norm=0.1, lr=1e-3), mesh)
     tokens, labels = batch(config.vocab_size, SAMPLES, LENGTH)
     step = micro_batch * mesh.dp.size
     shares = [
@@ -40,9 +40,9 @@ def one_update(
         loss, _ = model.loss(tokens[share], labels[share])
         (loss / count).backward()
         total += loss.detach()
-    norm = optimizer.reduce_gradients()
+    norm = optimizer.finish_reduction()
     gradients = {k: p.grad.clone() for k, p in named_parameters(model).items()}
-    clip = optimizer.step(lr=1e-3, grad_norm=norm)
+    clip = float(optimizer.step(lr=1e-3))
     loss = float(mesh.dp.all_reduce(total)) / count
     parts = {k: placement_of(p).slice_of(mesh) for k, p in named_parameters(model).items()}
     weights = {k: p.detach() for k, p in named_parameters(model).items()}
