@@ -134,7 +134,7 @@ class BlendEntry(Branch):
 
 
 class DataStage(Branch):
-    """What changes at a given step of the run; None: as before."""
+    """What changes at a given step of the run; None: as in the stage before."""
 
     from_step: int = Field(ge=0)
     """First optimizer update of the stage, from 0."""
@@ -172,11 +172,11 @@ class DataConfig(Branch):
     document_mask: bool = False
     """Attention stays within a document, and positions restart with each."""
     fim: FimConfig | None = None
-    """Fill-in-the-middle at load (not available yet; `preprocess --fim-rate` does it beforehand)."""
+    """Fill-in-the-middle while training, not in evaluation; `preprocess --fim-rate` does it beforehand, by characters."""
     stages: list[DataStage] = []
-    """Changes of blend, seq_len or batch size at given steps (not available yet)."""
+    """Changes of blend, seq_len or batch size at given steps. Evaluation keeps data.blend and data.seq_len."""
     cache_dir: str | None = None
-    """Folder for sample indices, shared by all ranks and runs (not available yet)."""
+    """Folder for sample indices, shared by all ranks and runs; None: PREFIX.cache beside each dataset."""
     workers: int = Field(0, ge=0)
     """Loader processes per rank; 0 reads in the training process."""
 

@@ -4,12 +4,12 @@ One function for each part of the program. The tree itself stands in config.py, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from .config import Config
+    from .config import BlendEntry, Config
 
 
 def divisors(n: int) -> list[int]:
@@ -29,11 +29,38 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     return world_size // per_replica
 
 
+class Phase(NamedTuple):
+    """Steps of a run that data.stages leaves alike."""
+
+    first_step: int
+    steps: int
+    blend: list[BlendEntry]
+    seq_len: int
+    global_batch_size: int
+    micro_batch_size: int
+
+
+def phases(config: Config) -> list[Phase]:
+    """What each step of the run reads, in order: data and train as they stand, changed by one stage after another."""
+    data, train = config.data, config.train
+    now = Phase(0, 0, data.blend, data.seq_len, train.global_batch_size, train.micro_batch_size)
+    found = [now]
+    for stage in data.stages:
+        changes = stage.model_dump(exclude_none=True, exclude={"from_step", "blend"})
+        now = now._replace(first_step=stage.from_step, blend=stage.blend or now.blend, **changes)
+        found.append(now)
+    ends = [phase.first_step for phase in found[1:]] + [train.total_steps()]
+    cut = (phase._replace(steps=end - phase.first_step) for phase, end in zip(found, ends, strict=True))
+    return [phase for phase in cut if phase.steps > 0]
+
+
 def validate(config: Config, world_size: int) -> None:
     """Every rule between fields, for a job of `world_size` processes. Raises ConfigError (value, limit, remedy)."""
     _check_available(config)
     _check_model(config)
-    _check_batches(config, data_parallel_size(config, world_size))
+    _check_length(config)
+    _check_stages(config, data_parallel_size(config, world_size))
+    _check_fim(config)
     _check_schedule(config)
 
 
@@ -50,9 +77,6 @@ def _check_available(config: Config) -> None:
         "parallel.sharded_optimizer=true": p.sharded_optimizer,
         f"model.head.kind={config.model.head.kind}": config.model.head.kind != "vocab",
         f"data.kind={d.kind}": d.kind != "lm",
-        "data.fim": d.fim is not None,
-        "data.stages": bool(d.stages),
-        "data.cache_dir": d.cache_dir is not None,
         f"parallel.context_attention={p.context_attention}": p.context_attention != "ring",
         "parallel.overlap": p.overlap is not None,
         f"model.init={config.model.init}": config.model.init != "normal",
@@ -92,20 +116,10 @@ def _check_model(config: Config) -> None:
             f"model.padded_vocab_size={m.padded_vocab_size} is less than model.vocab_size={m.vocab_size}: "
             "raise it or leave it out"
         )
-    if config.data.seq_len > m.max_seq_len:
-        raise ConfigError(
-            f"data.seq_len={config.data.seq_len} is longer than model.max_seq_len={m.max_seq_len}: "
-            "shorten data.seq_len or raise model.max_seq_len"
-        )
 
 
-def _check_batches(config: Config, dp: int) -> None:
+def _check_length(config: Config) -> None:
     t = config.train
-    if t.global_batch_size % (t.micro_batch_size * dp):
-        raise ConfigError(
-            f"train.global_batch_size={t.global_batch_size} is not a multiple of micro_batch_size·dp = "
-            f"{t.micro_batch_size}·{dp} = {t.micro_batch_size * dp}: set it to a multiple of that"
-        )
     if (t.steps is None) == (t.samples is None):
         raise ConfigError("set exactly one of train.steps and train.samples")
     if t.samples is not None and t.samples % t.global_batch_size:
@@ -114,6 +128,50 @@ def _check_batches(config: Config, dp: int) -> None:
         )
     if t.device == "cuda" and t.precision == "fp64":
         raise ConfigError("train.precision=fp64 is for CPU parity runs: set train.device=cpu")
+
+
+def _check_stages(config: Config, dp: int) -> None:
+    """Every stage, not only the first: a run must not stop at step 130,000 for a batch that does not divide."""
+    stages, steps = config.data.stages, config.train.total_steps()
+    if stages and config.train.samples is not None:
+        raise ConfigError("train.samples goes with one batch size: with data.stages set train.steps instead")
+    for n, stage in enumerate(stages):
+        name = f"data.stages.{n}"
+        if n and stage.from_step <= stages[n - 1].from_step:
+            raise ConfigError(
+                f"{name}.from_step={stage.from_step} is not after the stage before it, which begins at "
+                f"{stages[n - 1].from_step}: give the stages in ascending order"
+            )
+        if stage.from_step >= steps:
+            raise ConfigError(f"{name}.from_step={stage.from_step} is beyond the run's {steps} steps: lengthen the run")
+        if stage.blend is not None and not stage.blend:
+            raise ConfigError(f"{name}.blend is empty: give at least one {{prefix, weight}}, or leave the key out")
+    for phase in phases(config):
+        where = f"data from step {phase.first_step}"
+        if phase.seq_len > config.model.max_seq_len:
+            raise ConfigError(
+                f"{where} on has seq_len={phase.seq_len}, longer than model.max_seq_len={config.model.max_seq_len}: "
+                "shorten seq_len or raise model.max_seq_len"
+            )
+        per_pass = phase.micro_batch_size * dp
+        if phase.global_batch_size % per_pass:
+            raise ConfigError(
+                f"{where} on has global_batch_size={phase.global_batch_size}, not a multiple of micro_batch_size·dp = "
+                f"{phase.micro_batch_size}·{dp} = {per_pass}: set it to a multiple of that"
+            )
+
+
+def _check_fim(config: Config) -> None:
+    fim = config.data.fim
+    if fim is None:
+        return
+    if fim.ids is None and config.data.tokenizer is None:
+        raise ConfigError("data.fim needs to know its sentinels: set data.tokenizer, or data.fim.ids")
+    vocabulary = config.model.vocab_size
+    if fim.ids is not None and (len(set(fim.ids)) < 3 or not all(0 <= i < vocabulary for i in fim.ids)):
+        raise ConfigError(
+            f"data.fim.ids={list(fim.ids)} must be three different ids below model.vocab_size={vocabulary}"
+        )
 
 
 def _check_schedule(config: Config) -> None:

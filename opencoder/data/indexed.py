@@ -30,6 +30,9 @@ CODES: dict[int, type[np.generic]] = {
 UINT16_BELOW = 65_500
 """Vocabularies smaller than this are stored as uint16, others as int32 (the writer's rule in Megatron)."""
 
+IDENTITY_BLOCKS, IDENTITY_TOKENS = 64, 1024
+"""What is read of .bin to tell a dataset from another: pieces spread evenly over the file, and tokens of each."""
+
 
 def token_dtype(vocab_size: int) -> type[np.generic]:
     """The stored type of ids below `vocab_size`."""
@@ -167,6 +170,17 @@ class IndexedDataset:
     def lengths_hash(self) -> str:
         """Hex SHA-256 of the lengths: what the sample index depends on."""
         return hashlib.sha256(self.sizes.data).hexdigest()
+
+    @cached_property
+    def identity(self) -> str:
+        """Hex SHA-256 of the lengths, the stored type and IDENTITY_BLOCKS pieces of .bin: another tokenizer or other
+        documents under the same name are noticed without reading all of it."""
+        found = hashlib.sha256(f"{self.lengths_hash} {np.dtype(self.dtype).str} {len(self.tokens)}".encode())
+        last = max(len(self.tokens) - IDENTITY_TOKENS, 0)
+        for block in range(IDENTITY_BLOCKS):
+            start = last * block // (IDENTITY_BLOCKS - 1)
+            found.update(self.tokens[start : start + IDENTITY_TOKENS].tobytes())
+        return found.hexdigest()
 
     def __getitem__(self, i: int) -> NDArray[np.generic]:
         return self.get(i)

@@ -1,112 +1,181 @@
-"""The training data of a run: stages of samples, each with an index built from its own number of samples.
-
-The number is written into the checkpoint and used again on resume: an index built from another number would be another
-order. A run that is made longer gets a further stage."""
+"""The training data of a run: its stages (stages.py) opened, and batches from any step on."""
 
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
-from itertools import accumulate
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
 
-from opencoder.config import Config, DataConfig
+import numpy as np
+
+from opencoder.config import Config
+from opencoder.config_rules import phases
+from opencoder.data import tokenizer as tok
 from opencoder.data.cache import IndexCache
-from opencoder.data.lm import Sample, build_lm_dataset
-from opencoder.data.loader import BatchLoader
+from opencoder.data.fim import Fim, FimIds
+from opencoder.data.gpt import GPTDataset
+from opencoder.data.indexed import IndexedDataset
+from opencoder.data.lm import BlendedDataset, build_lm_dataset
+from opencoder.data.loader import BatchLoader, MicroBatch
 from opencoder.errors import ConfigError
 from opencoder.parallel.mesh import Mesh
+
+from .stages import Settings, Stage, asked_settings, from_records, plan
 
 TRAIN, VALID = 0, 1
 """Parts of `data.split`."""
 
 
-class Samples(Protocol):
-    """Random access to samples."""
+def plan_stages(
+    config: Config,
+    records: Sequence[dict[str, Any]] = (),
+    *,
+    step: int = 0,
+    before: Config | None = None,
+    fork: bool = False,
+) -> list[Stage]:
+    """The stages of a run. `records` and `before`: stages and configuration of the checkpoint it goes on from at `step`.
 
-    def __len__(self) -> int: ...
+    `fork`: the checkpoint is another run's. Raises ConfigError if the configuration contradicts what this run has read."""
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def settings_before() -> Settings:
+        assert before is not None
+        return _asked(before)[0]
 
-
-class Stages:
-    """Datasets one after another."""
-
-    def __init__(self, parts: list[Samples], sizes: list[int]) -> None:
-        self.parts, self.ends = parts, list(accumulate(sizes))
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, index: int) -> Sample:
-        part = bisect_right(self.ends, index)
-        return self.parts[part][index - (self.ends[part - 1] if part else 0)]
+    saved = from_records(records, settings_before)
+    return plan(_asked(config), config.train.total_steps(), saved=saved, step=step, fork=fork)
 
 
-def plan_stages(config: Config, saved: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    """The stages of a run: those of the checkpoint it resumes from, and a further one for samples beyond them."""
-    wanted = config.train.total_steps() * config.train.global_batch_size
-    stages = [dict(stage) for stage in saved or []]
-    have = sum(stage["num_samples"] for stage in stages)
-    if wanted > have:
-        stages.append({"num_samples": wanted - have, "seed": config.data.seed + len(stages)})
-    return stages
+def _asked(config: Config) -> dict[int, Settings]:
+    return asked_settings(config, lambda prefix: IndexedDataset(prefix).identity, _fim(config))
 
 
-def training_samples(config: DataConfig, stages: list[dict[str, Any]]) -> Stages:
-    """The samples of all stages. Raises ConfigError if there is nothing to read."""
-    parts: list[Samples] = [_dataset(config, stage["num_samples"], stage["seed"], TRAIN) for stage in stages]
-    return Stages(parts, [stage["num_samples"] for stage in stages])
+def _fim(config: Config) -> Fim | None:
+    """data.fim with its sentinels. Raises ConfigError if the tokenizer has none."""
+    fim, folder = config.data.fim, config.data.tokenizer
+    if fim is None:
+        return None
+    loaded = tok.load(folder) if folder is not None else None
+    ids = fim.ids or (loaded.fim_ids if loaded is not None else None)
+    if ids is None:
+        names = ", ".join((tok.FIM_PREFIX, tok.FIM_MIDDLE, tok.FIM_SUFFIX))
+        raise ConfigError(
+            f"data.fim: the tokenizer {folder} does not have {names}: give data.fim.ids, or drop data.fim"
+        )
+    eod = loaded.eod_id if loaded is not None else None
+    return Fim(fim.rate, fim.spm_rate, fim.min_tokens, FimIds(*ids), eod, config.data.seed)
 
 
-def _dataset(config: DataConfig, num_samples: int, seed: int, part: int) -> Samples:
-    if not config.blend:
-        raise ConfigError("data.blend is empty: give at least one {prefix, weight}")
-    blend = [(entry.prefix, entry.weight) for entry in config.blend]
-    dataset: Samples = build_lm_dataset(
-        blend,
-        num_samples=num_samples,
-        seq_len=config.seq_len,
-        seed=seed,
-        split=config.split,
-        part=part,
-        cache=_index_cache(),
+class TrainingData:
+    """The datasets of all stages that are not over at `step`; their indices are made or found here."""
+
+    def __init__(self, config: Config, stages: Sequence[Stage], mesh: Mesh, *, step: int) -> None:
+        self.config, self.mesh = config, mesh
+        self.stages = [stage for stage in stages if stage.end > step]
+        cache = _index_cache(config.data.cache_dir)
+        self.datasets = [_dataset(stage.settings, stage.num_samples, stage.seed, TRAIN, cache) for stage in self.stages]
+
+    def batches(self, step: int) -> Iterator[tuple[Stage, list[MicroBatch]]]:
+        """This rank's micro-batches of update `step` (from 0) and of every one after it, with the stage each belongs to."""
+        for stage, dataset in zip(self.stages, self.datasets, strict=True):
+            first = max(step, stage.first_step)
+            loader = BatchLoader(
+                dataset,
+                global_batch_size=stage.settings.global_batch_size,
+                micro_batch_size=_micro_batch_size(self.config, first),
+                dp_rank=self.mesh.dp.rank,
+                dp_size=self.mesh.dp.size,
+                start_sample=(first - stage.first_step) * stage.settings.global_batch_size,
+                document_mask=stage.settings.document_mask,
+                workers=self.config.data.workers,
+            )
+            for micro_batches in islice(loader, max(stage.end - first, 0)):
+                yield stage, micro_batches
+
+    def achieved(self, stage: Stage) -> list[float]:
+        """Share of the stage's samples, all of equal length, that come from each dataset of its blend."""
+        dataset = self.datasets[self.stages.index(stage)]
+        if isinstance(dataset, GPTDataset):
+            return [1.0]
+        used = dataset.member[: stage.steps * stage.settings.global_batch_size]
+        counts = np.bincount(used, minlength=len(stage.settings.blend))
+        return [float(n) / len(used) for n in counts]
+
+    def describe(self, stage: Stage) -> str:
+        """One line: steps, shape, and the blend as asked and as achieved."""
+        settings = stage.settings
+        total = sum(source.weight for source in settings.blend)
+        blend = ", ".join(
+            f"{source.prefix} {share:.3%} of {source.weight / total:.3%}"
+            for source, share in zip(settings.blend, self.achieved(stage), strict=True)
+        )
+        return (
+            f"data: steps {stage.first_step + 1} to {stage.end}, {settings.global_batch_size} × {settings.seq_len} "
+            f"tokens, achieved of asked: {blend}"
+        )
+
+
+def _micro_batch_size(config: Config, step: int) -> int:
+    """That of update `step`; no part of a stage, as the order of samples does not depend on it."""
+    return next(phase.micro_batch_size for phase in reversed(phases(config)) if phase.first_step <= step)
+
+
+def consumed_samples(stages: Sequence[Stage], step: int) -> int:
+    """Samples in the first `step` updates."""
+    return sum(
+        (min(stage.end, step) - stage.first_step) * stage.settings.global_batch_size
+        for stage in stages
+        if stage.first_step < step
     )
-    return dataset
 
 
-def _index_cache() -> IndexCache:
+def _dataset(
+    settings: Settings, num_samples: int, seed: int, part: int, cache: IndexCache
+) -> GPTDataset | BlendedDataset:
+    return build_lm_dataset(
+        [(source.prefix, source.weight) for source in settings.blend],
+        num_samples=num_samples,
+        seq_len=settings.seq_len,
+        seed=seed,
+        split=settings.split,
+        part=part,
+        cache=cache,
+        fim=replace(settings.fim, seed=seed) if settings.fim is not None and part == TRAIN else None,
+    )
+
+
+def _index_cache(folder: str | None) -> IndexCache:
     """The cache as the ranks of this machine share it."""
     local = (os.environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     rank, ranks = (int(value) if value else default for value, default in zip(local, (0, 1), strict=True))
-    return IndexCache(rank=rank, ranks=ranks)
-
-
-def training_loader(config: Config, samples: Samples, mesh: Mesh, *, start_sample: int) -> BatchLoader:
-    """Batches of one optimizer step each, from `start_sample` on; this rank's share."""
-    return BatchLoader(
-        samples,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        dp_rank=mesh.dp.rank,
-        dp_size=mesh.dp.size,
-        start_sample=start_sample,
-        document_mask=config.data.document_mask,
-        workers=config.data.workers,
-    )
+    return IndexCache(folder, rank=rank, ranks=ranks)
 
 
 def validation_loader(config: Config, mesh: Mesh) -> BatchLoader | None:
-    """One batch with all evaluation samples, or None if the configuration asks for no evaluation."""
+    """The evaluation samples, one micro-batch per rank at a time; None if the configuration asks for no evaluation."""
     if config.train.eval_every is None:
         return None
     per_pass = config.train.micro_batch_size * mesh.dp.size
     size = -(-config.train.eval_samples // per_pass) * per_pass
+    data = config.data
+    if not data.blend:
+        raise ConfigError("data.blend is empty: give at least one {prefix, weight}")
+    dataset = build_lm_dataset(
+        [(entry.prefix, entry.weight) for entry in data.blend],
+        num_samples=size,
+        seq_len=data.seq_len,
+        seed=data.seed,
+        split=data.split,
+        part=VALID,
+        cache=_index_cache(data.cache_dir),
+    )
     return BatchLoader(
-        _dataset(config.data, size, config.data.seed, VALID),
+        dataset,
         global_batch_size=size,
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=mesh.dp.rank,
         dp_size=mesh.dp.size,
-        document_mask=config.data.document_mask,
+        document_mask=data.document_mask,
     )

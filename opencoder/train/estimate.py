@@ -11,6 +11,7 @@ import torch
 
 from opencoder import kernels as K
 from opencoder.config import Config, data_parallel_size
+from opencoder.config_rules import phases
 from opencoder.model.decoder import Decoder
 from opencoder.parallel.mesh import Mesh, pretend_mesh
 from opencoder.parallel.placement import placement_of
@@ -43,7 +44,9 @@ class Estimate:
 
 
 def estimate(config: Config, world_size: int) -> Estimate:
-    """Sizes on rank 0 of `world_size`. The model is built on the meta device: no memory is taken."""
+    """Sizes on rank 0 of `world_size`, in the stage with the largest micro-batches.
+
+    The model is built on the meta device: no memory is taken."""
     p, t, m = config.parallel, config.train, config.model
     mesh = pretend_mesh(world_size=world_size, tp=p.tp, pp=p.pp, cp=p.cp)
     with torch.device("meta"):
@@ -55,9 +58,10 @@ def estimate(config: Config, world_size: int) -> Estimate:
     wide = max(width, 4)
     states = 2 if config.optim.name == "adamw" else 1
     master = wide if width < 4 else 0
-    tokens = t.micro_batch_size * config.data.seq_len
+    largest = max(phases(config), key=lambda phase: phase.micro_batch_size * phase.seq_len)
+    tokens = largest.micro_batch_size * largest.seq_len
     rows = m.padded_vocab_size // p.tp
-    micro_batches = t.global_batch_size // (t.micro_batch_size * data_parallel_size(config, world_size))
+    micro_batches = largest.global_batch_size // (largest.micro_batch_size * data_parallel_size(config, world_size))
     return Estimate(
         total_parameters=total,
         rank_parameters=mine,
@@ -97,6 +101,8 @@ def describe(config: Config, world_size: int) -> str:
     e = estimate(config, world_size)
     p = config.parallel
     dp = data_parallel_size(config, world_size)
+    parts = phases(config)
+    largest = max(parts, key=lambda phase: phase.micro_batch_size * phase.seq_len)
     gib = 2**30
     lines = [
         f"world {world_size} = tp {p.tp} × pp {p.pp} × cp {p.cp} × dp {dp}",
@@ -104,15 +110,17 @@ def describe(config: Config, world_size: int) -> str:
         f"weights           {e.weights / gib:.3f} GiB per rank ({config.train.precision})",
         f"gradients         {e.gradients / gib:.3f} GiB",
         f"optimizer state   {e.optimizer / gib:.3f} GiB ({config.optim.name})",
-        f"activations       {e.activations / gib:.3f} GiB (micro-batch {config.train.micro_batch_size} × "
-        f"{config.data.seq_len}, recompute {config.train.recompute})",
+        f"activations       {e.activations / gib:.3f} GiB (micro-batch {largest.micro_batch_size} × "
+        f"{largest.seq_len}, recompute {config.train.recompute})",
         f"logits            {e.logits / gib:.3f} GiB ({config.model.head.chunk_tokens} tokens at a time)",
         f"estimated peak    {e.peak / gib:.3f} GiB per rank",
         f"communication     {e.data_parallel_traffic / gib:.3f} GiB data-parallel, "
         f"{e.tensor_parallel_traffic / gib:.3f} GiB tensor-parallel, sent per rank and step",
-        f"run               {config.train.total_steps()} steps × {config.train.global_batch_size} samples × "
-        f"{config.data.seq_len} tokens = "
-        f"{config.train.total_steps() * config.train.global_batch_size * config.data.seq_len:,} tokens",
+        *(
+            f"{'run' if n == 0 else '':<18}{phase.steps} steps × {phase.global_batch_size} samples × {phase.seq_len} tokens "
+            f"= {phase.steps * phase.global_batch_size * phase.seq_len:,} tokens"
+            for n, phase in enumerate(parts)
+        ),
         K.chosen(),
     ]
     return "\n".join(lines)

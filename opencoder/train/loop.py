@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from opencoder.optim.schedule import lr_at
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import placement_of
 
-from .data import training_loader, training_samples, validation_loader
+from .data import TrainingData, validation_loader
 from .environment import DTYPES
 from .metrics import MFU_CONVENTION, MetricsLog, flops_per_token, measure_gemm_tflops, peak_memory_gib
 from .preflight import check_inputs
 from .signals import Asked, Signals
+from .stages import Stage
 from .state import restore, tensors_of
 from .step import TrainStep
 
@@ -55,7 +57,8 @@ class Trainer:
         self.state = restore(config, self.model, self.optimizer, mesh, say=self._say)
         self.train_step = TrainStep(self.model, self.optimizer, mesh, device=device, guard=self._stop_if_not_finite)
         self.total_steps = t.total_steps()
-        self.samples = training_samples(config.data, self.state.stages)
+        self.stage: Stage | None = None
+        self.data = TrainingData(config, self.state.stages, mesh, step=self.state.step)
         self.validation = validation_loader(config, mesh)
         self.parameters = sum(math.prod(placement_of(p).global_shape) for p in self.model.parameters())
 
@@ -72,7 +75,7 @@ class Trainer:
             tensors_of(self.model, self.optimizer),
             self.mesh,
             config=self.config,
-            state=state.for_checkpoint(self.config),
+            state=state.for_checkpoint(),
             tokenizer=Path(tokenizer) if tokenizer else None,
             keep=self.config.checkpoint.keep,
         )
@@ -93,10 +96,7 @@ class Trainer:
         bar = ProgressBar(
             "train", total=self.total_steps, unit="steps", enabled=self.first_rank and sys.stderr.isatty()
         )
-        loader = training_loader(
-            self.config, self.samples, self.mesh, start_sample=self.state.step * self.config.train.global_batch_size
-        )
-        batches = iter(loader)
+        batches = self.data.batches(self.state.step)
         try:
             with bar:
                 bar.advance(self.state.step)
@@ -121,16 +121,19 @@ class Trainer:
             self.save()
         return asked.stop
 
-    def _one_step(self, batches: Any, peak_tflops: float) -> dict[str, Any]:
+    def _one_step(self, batches: Iterator[tuple[Stage, list[MicroBatch]]], peak_tflops: float) -> dict[str, Any]:
         start = time.perf_counter()
-        micro_batches: list[MicroBatch] = next(batches)
+        stage, micro_batches = next(batches)
         data_wait_s = time.perf_counter() - start
         state = self.state
+        if stage is not self.stage:
+            self.stage = stage
+            self._say(self.data.describe(stage))
         self.mesh.records.step = state.step + 1
         lr = lr_at(state.step, self.config.optim, self.total_steps)
         result = self.train_step.update(micro_batches, lr=lr)
         state.step += 1
-        seq_len, samples = self.config.data.seq_len, self.config.train.global_batch_size
+        seq_len, samples = stage.settings.seq_len, stage.settings.global_batch_size
         state.tokens += seq_len * samples
         row: dict[str, Any] = {"step": state.step, "loss": float(result.loss), "grad_norm": float(result.grad_norm)}
         row |= {"lr": lr, "tokens": state.tokens}
@@ -169,8 +172,7 @@ class Trainer:
         t = self.config.train
         self._say(
             f"{self.parameters:,} parameters, mesh {self.mesh.describe()}, {t.precision} on {self.device.type}, "
-            f"{self.total_steps} steps of {t.global_batch_size} × {self.config.data.seq_len} tokens; MFU counts "
-            f"{MFU_CONVENTION}"
+            f"{self.total_steps} steps; MFU counts {MFU_CONVENTION}"
         )
         self._say(K.chosen(self.device.type))
 

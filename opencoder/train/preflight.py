@@ -20,8 +20,9 @@ def check_inputs(config: Config) -> None:
             f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer {config.data.tokenizer} with "
             f"{tokenizer['size']} entries: set model.vocab_size={tokenizer['size']}"
         )
-    for entry in config.data.blend:
-        _check_dataset(entry.prefix, config, tokenizer)
+    blends = [config.data.blend, *(stage.blend or [] for stage in config.data.stages)]
+    for prefix in dict.fromkeys(entry.prefix for blend in blends for entry in blend):
+        _check_dataset(prefix, config, tokenizer)
 
 
 def _check_dataset(prefix: str, config: Config, tokenizer: dict[str, Any] | None) -> None:

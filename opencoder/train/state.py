@@ -15,7 +15,8 @@ from opencoder.optim.base import Optimizer
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import placement_of
 
-from .data import plan_stages
+from .data import consumed_samples, plan_stages
+from .stages import Stage
 
 
 @dataclass
@@ -26,17 +27,17 @@ class RunState:
     """Optimizer updates done."""
     tokens: int = 0
     """Tokens trained on."""
-    stages: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
     """Data stages, as `plan_stages` makes them."""
     saved_step: int | None = None
     """Step of the newest checkpoint that this state was read from or written to."""
 
-    def for_checkpoint(self, config: Config) -> dict[str, Any]:
+    def for_checkpoint(self) -> dict[str, Any]:
         """What stands in the checkpoint's state.json beside the step."""
         return {
             "tokens": self.tokens,
-            "consumed_samples": self.step * config.train.global_batch_size,
-            "stages": self.stages,
+            "consumed_samples": consumed_samples(self.stages, self.step),
+            "stages": [stage.record() for stage in self.stages],
             "skipped_batches": [],
         }
 
@@ -64,31 +65,19 @@ def restore(
             _load_weights(c.load, model, mesh)
             optimizer.weights_changed()
             say(f"initial weights from {c.load}")
-        return RunState(stages=plan_stages(config, None))
+        return RunState(stages=plan_stages(config))
     if c.resume == "never":
         raise ConfigError(
             f"{run_dir} already holds checkpoints and checkpoint.resume=never: choose another run_dir, or "
             "checkpoint.resume=auto to go on"
         )
     saved = native.read_state(found)
-    _check_same_data(native.read_config(found), config)
-    native.load_tensors(found, tensors_of(model, optimizer), mesh)
     step = saved["step"]
+    stages = plan_stages(config, saved["stages"], step=step, before=native.read_config(found))
+    native.load_tensors(found, tensors_of(model, optimizer), mesh)
     optimizer.set_step_count(step)
     say(f"resumed from {found} at step {step}")
-    return RunState(step, saved["tokens"], plan_stages(config, saved["stages"]), saved_step=step)
-
-
-def _check_same_data(before: Config, config: Config) -> None:
-    for name, then, now in (
-        ("data.seq_len", before.data.seq_len, config.data.seq_len),
-        ("train.global_batch_size", before.train.global_batch_size, config.train.global_batch_size),
-    ):
-        if then != now:
-            raise ConfigError(
-                f"{name}={now}, but {config.run_dir} was started with {then}: keep {then}, or start a new run_dir "
-                "with checkpoint.load"
-            )
+    return RunState(step, saved["tokens"], stages, saved_step=step)
 
 
 def _load_weights(source: str, model: Decoder, mesh: Mesh) -> None:

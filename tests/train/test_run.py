@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,6 +216,29 @@ def test_a_longer_run_keeps_the_order_of_the_first_stage(tmp_path: Path, prefix:
     assert len(losses(tmp_path / "run")) == 9
 
 
+def test_stages_switch_and_resume_as_one_run(tmp_path: Path, prefix: Path) -> None:
+    """Another blend, length and batch from step 6 on; gone on with from the step before the switch, and from the switch."""
+    switch = {"from_step": 6, "seq_len": 16, "global_batch_size": 4, "blend": [{"prefix": str(prefix)}] * 2}
+    data = {"fim": {"rate": 0.5, "min_tokens": 4, "ids": [247, 248, 249]}, "stages": [switch]}
+    path = config(tmp_path, prefix, data=data, train={"steps": 9}, checkpoint={"every": 1})
+    train(path)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["tokens"] for row in rows] == [256 * n for n in range(1, 7)] + [6 * 256 + 64 * n for n in range(1, 4)]
+    state = native.read_state(native.resolve(tmp_path / "run"))
+    assert state["consumed_samples"] == 6 * 8 + 3 * 4
+    assert [(stage["first_step"], stage["steps"]) for stage in state["stages"]] == [(0, 6), (6, 3)]
+    whole = tmp_path / "whole"
+    shutil.copytree(tmp_path / "run", whole)
+    for step in (6, 5):
+        checkpoints = tmp_path / "run" / "checkpoints"
+        for later in range(step + 1, 10):
+            shutil.rmtree(checkpoints / f"step_{later:08d}")
+        (checkpoints / "latest").write_text(f"step_{step:08d}\n")
+        assert f"resumed from {checkpoints / f'step_{step:08d}'}" in train(path).stdout
+        assert same_checkpoints(tmp_path / "run", whole)
+        assert losses(tmp_path / "run") == losses(whole)
+
+
 def test_weights_can_start_another_run(tmp_path: Path, prefix: Path, whole: Path) -> None:
     path = config(tmp_path, prefix, name="tuned", checkpoint={"load": str(whole)})
     train(path, "train.steps=2", "optim.decay_steps=0", "optim.warmup_steps=0")
@@ -292,7 +316,7 @@ def test_a_checkpoint_without_a_shard_is_refused_by_name(tmp_path: Path, prefix:
 def test_another_sequence_length_is_not_a_resume(tmp_path: Path, prefix: Path) -> None:
     path = config(tmp_path, prefix)
     train(path, "train.steps=4", "optim.decay_steps=0")
-    assert "was started with 32" in refused(path, "data.seq_len=16", "train.steps=8", "optim.decay_steps=0")
+    assert "started with 32" in refused(path, "data.seq_len=16", "train.steps=8", "optim.decay_steps=0")
     assert "checkpoint.resume=never" in refused(path, "checkpoint.resume=never")
 
 
