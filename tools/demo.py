@@ -267,7 +267,7 @@ def unigram_entropy(config_file: Path) -> float:
 
     loader = validation_loader(load_config(config_file), Mesh())
     assert loader is not None
-    labels = np.concatenate([mb.labels.numpy().ravel() for mb in next(iter(loader))])
+    labels = np.concatenate([mb.labels.numpy().ravel() for step in loader for mb in step])
     counts = np.bincount(labels[labels >= 0]).astype(np.float64)
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())

@@ -34,7 +34,7 @@ class _Samples(Protocol):
 
 
 class BatchLoader:
-    """Iterating gives, for each optimizer step from `start_sample` on, this rank's micro-batches.
+    """Iterating gives, for each optimizer step from `start_sample` on, this rank's micro-batches; every time the same ones.
 
     Of the global batch that begins at sample s, micro-batch m of rank r holds samples s + (m·dp + r)·b + [0, b), with b
     the micro-batch size: the position in the data is one number. Raises ConfigError if the batch does not divide."""
@@ -48,6 +48,7 @@ class BatchLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
         start_sample: int = 0,
+        end_sample: int | None = None,
         document_mask: bool = False,
         workers: int = 0,
     ) -> None:
@@ -60,14 +61,14 @@ class BatchLoader:
         self.dataset = dataset
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.consumed = start_sample
-        """Samples of the global order given out so far."""
+        self.start_sample = start_sample
+        self.end_sample = len(dataset) if end_sample is None else end_sample
         self.document_mask, self.workers = document_mask, workers
 
     def _batches(self) -> Iterator[list[int]]:
         """Indices of each of this rank's micro-batches, in order; an incomplete last global batch is left out."""
         stride, b = self.micro_batch_size * self.dp_size, self.micro_batch_size
-        for step in range(self.consumed, len(self.dataset) - self.global_batch_size + 1, self.global_batch_size):
+        for step in range(self.start_sample, self.end_sample - self.global_batch_size + 1, self.global_batch_size):
             for first in range(step, step + self.global_batch_size, stride):
                 begin = first + self.dp_rank * b
                 yield list(range(begin, begin + b))
@@ -85,7 +86,6 @@ class BatchLoader:
         for micro_batch in loader:
             step.append(micro_batch)
             if len(step) == per_step:
-                self.consumed += self.global_batch_size
                 yield step
                 step = []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -88,10 +87,11 @@ class TrainingData:
                 dp_rank=self.mesh.dp.rank,
                 dp_size=self.mesh.dp.size,
                 start_sample=(first - stage.first_step) * stage.settings.global_batch_size,
+                end_sample=stage.steps * stage.settings.global_batch_size,
                 document_mask=stage.settings.document_mask,
                 workers=self.config.data.workers,
             )
-            for micro_batches in islice(loader, max(stage.end - first, 0)):
+            for micro_batches in loader:
                 yield stage, micro_batches
 
     def achieved(self, stage: Stage) -> list[float]:
@@ -173,7 +173,8 @@ def validation_loader(config: Config, mesh: Mesh) -> BatchLoader | None:
     )
     return BatchLoader(
         dataset,
-        global_batch_size=size,
+        global_batch_size=per_pass,
+        end_sample=size,
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=mesh.dp.rank,
         dp_size=mesh.dp.size,

@@ -158,7 +158,7 @@ class Trainer:
 
     def evaluate(self, loader: BatchLoader) -> float:
         """Mean token loss over the evaluation samples, the same on every rank."""
-        return float(self.train_step.evaluate(next(iter(loader))))
+        return float(self.train_step.evaluate(loader))
 
     # ---- telling ----
 

@@ -5,7 +5,7 @@ and applies the gradients, a guard may ask to skip the step. Nothing here waits 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -105,11 +105,16 @@ class TrainStep:
         clip = self.optimizer.step(lr=lr, skip=skip)
         return StepResult(loss, grad_norm, clip, count, skip)
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
-        """Mean token loss over all ranks' micro-batches, 0-dim fp64, the same on every rank."""
+    def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> torch.Tensor:
+        """Mean token loss over all ranks' micro-batches, 0-dim fp64, the same on every rank. One batch is held at a time."""
         self.model.eval()
-        count = self._count(micro_batches)
-        return self._summed(self.runner.evaluate(micro_batches)) / count
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        count = torch.zeros((), dtype=torch.int64, device=self.device)
+        for micro_batches in batches:
+            labels = [mb.labels.to(self.device) for mb in micro_batches]
+            count += self.model.lm_head.begin_step(labels)
+            total += self.runner.evaluate(micro_batches)
+        return self._summed(total) / count.clamp(min=1)
 
     def _count(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Unmasked targets over all ranks, at least 1."""

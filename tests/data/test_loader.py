@@ -54,6 +54,15 @@ def test_starting_later_goes_on_in_the_same_order(prefixes: list[str]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole[2:], later, strict=True))
 
 
+def test_iterating_again_gives_the_same_batches_up_to_the_end_asked_for(prefixes: list[str]) -> None:
+    data = build_lm_dataset([(prefixes[0], 1.0)], num_samples=24, seq_len=8, seed=1)
+    assert len(data) >= 32
+    loader = BatchLoader(data, global_batch_size=4, micro_batch_size=2, start_sample=8, end_sample=24)
+    first, second = rows(loader), rows(loader)
+    assert len(first) == len(second) == 4
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_document_bounds_are_chained(prefixes: list[str]) -> None:
     data = build_lm_dataset([(prefixes[0], 1.0)], num_samples=8, seq_len=16, seed=1)
     (step,) = list(BatchLoader(data, global_batch_size=len(data), micro_batch_size=len(data), document_mask=True))

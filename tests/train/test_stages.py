@@ -9,15 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from opencoder.config import Config, load_config, validate
 from opencoder.data.fim import Fim, FimIds
 from opencoder.data.indexed import IndexedWriter
 from opencoder.errors import ConfigError
+from opencoder.model.decoder import named_parameters
+from opencoder.model.initialise import build_model
+from opencoder.optim.optimizer import ReplicatedOptimizer
 from opencoder.parallel.mesh import Mesh
 from opencoder.train.data import TrainingData, consumed_samples, plan_stages, validation_loader
 from opencoder.train.estimate import describe
 from opencoder.train.stages import Settings, Source, Stage, from_records, plan
+from opencoder.train.step import TrainStep
 
 pytestmark = pytest.mark.fast
 
@@ -120,6 +125,27 @@ def test_consumed_samples() -> None:
 
 
 # ---- with files ----
+
+
+def test_evaluation_in_parts_is_the_mean_over_all_tokens(folder: Path) -> None:
+    """Every time on the same samples, each batch with its own number of unmasked targets."""
+    asked = config(folder, split="50,50,0")
+    asked = asked.model_copy(update={"train": asked.train.model_copy(update={"eval_every": 1, "eval_samples": 6})})
+    loader = validation_loader(asked, Mesh())
+    assert loader is not None
+    steps = list(loader)
+    assert [len(step) for step in steps] == [1, 1, 1]
+    for n, (mb,) in enumerate(steps):
+        mb.labels[:, : 3 * n] = -100
+    model = build_model(asked.model, Mesh(), dtype=torch.float64, device=torch.device("cpu"), seed=1)
+    optimizer = ReplicatedOptimizer(named_parameters(model), asked.optim, Mesh())
+    step = TrainStep(model, optimizer, Mesh(), device=torch.device("cpu"))
+    tokens, labels = (torch.cat([getattr(mb, name) for (mb,) in steps]) for name in ("tokens", "labels"))
+    with torch.no_grad():
+        whole = model.loss(tokens, labels, None)[0] / (labels >= 0).sum()
+    assert abs(float(step.evaluate(steps)) / float(whole) - 1) < 1e-12
+    first, second = (torch.cat([mb.tokens for step in loader for mb in step]) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.fixture
