@@ -12,8 +12,7 @@ from functools import cache
 from typing import NamedTuple
 
 from . import general
-from .document import Document, Value
-from .general import Signal
+from .document import Document, Signal, Value
 from .languages import LANGUAGE_SIGNALS
 from .natural_language import detect_natural_language
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -100,3 +101,11 @@ class Document:
     def strings(self) -> StringCounts:
         """Counts over the string literals of the code."""
         return count_strings(self.split.code)
+
+
+Signal = Callable[[Document], Value]
+
+
+def share(part: float, whole: float) -> float | None:
+    """part / whole; None if whole is 0."""
+    return part / whole if whole else None
