@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fetch-sources": ("opencoder.tools.fetch_sources", "real code from Debian and PyPI to measure the pipeline on"),
     "bench-sources": ("opencoder.tools.bench_sources", "reading speed of folders, archives and repositories"),
     "bench-lexing": ("opencoder.tools.bench_lexing", "lexers beside Pygments, scanners and parsers of the signals"),
+    "bench-hostile": ("opencoder.tools.bench_hostile", "time against length for texts made to be slow"),
     "bench-preprocess": ("opencoder.tools.bench_preprocess", "tokenising speed beside a loop over HF tokenizers"),
 }
 
