@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,6 @@ from opencoder.corpus.engine import (
 from opencoder.corpus_config import EngineConfig
 from opencoder.errors import DataError, UserError
 from tests.corpus.engine_plans import content, sums, task
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[LocalExecutor]:
-    with LocalExecutor(2) as executor:
-        yield executor
-
 
 # ---- executors ----
 

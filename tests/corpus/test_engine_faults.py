@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ from opencoder.corpus.engine import (
 )
 from opencoder.errors import UserError
 from tests.corpus.engine_plans import HERE, ROOT, sums, task
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[LocalExecutor]:
-    with LocalExecutor(2) as executor:
-        yield executor
-
 
 # ---- kills ----
 
