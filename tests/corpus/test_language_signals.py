@@ -1,5 +1,5 @@
-"""Signals of single languages: values worked out by hand in both modes, the published filter's own answers where at hand, and
-texts made to be slow."""
+"""Signals of single languages: values worked out by hand in both modes, and texts made to be slow. The published filter's own
+answers: test_oracle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from opencoder.corpus.signals.languages import LANGUAGE_SIGNALS, javascript, pyt
 from opencoder.native import text_engine
 from opencoder.tools.bench_hostile import DECLARATIONS, scanners
 
-from . import oracle_files
 from .hostile import grows_evenly
 
 pytestmark = pytest.mark.skipif(text_engine() is None, reason="needs the text engine")
@@ -432,23 +431,6 @@ def test_html(page: str, length: int) -> None:
 def test_html_that_is_refused_or_empty() -> None:
     assert values("<p>a</p><![foo[b]]>", "html") == {"cate_ast": False, "frac_words_text": None, "num_chars_text": None}
     assert values("", "html") == {"cate_ast": True, "frac_words_text": None, "num_chars_text": 0}
-
-
-@oracle_files.needs_oracle
-@pytest.mark.parametrize("language", sorted(LANGUAGE_SIGNALS))
-def test_compat_equals_the_published_filter(language: str) -> None:
-    off: dict[str, list[str]] = {name: [] for name in LANGUAGE_SIGNALS[language]}
-    files = oracle_files.files(language)
-    for answer, text in files:
-        d = document(text, language, compat=True, path=answer["path"].rsplit("/", 1)[-1])
-        for name, function in LANGUAGE_SIGNALS[language].items():
-            value, truth = function(d), answer["signals"].get(name)
-            same = value is truth if None in (value, truth) else abs(float(value or 0) - truth) <= 1e-6
-            if not same:
-                off[name].append(f"{answer['path']}: {value}, not {truth}")
-    for name, wrong in off.items():
-        print(f"{name}: {len(files) - len(wrong)} of {len(files)} files equal")
-        assert len(wrong) <= max(3, 0.03 * len(files)), wrong[:5]
 
 
 @pytest.mark.parametrize(("name", "function"), scanners().items(), ids=scanners())

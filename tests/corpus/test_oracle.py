@@ -17,7 +17,7 @@ pytestmark = oracle_files.needs_oracle
 
 @pytest.fixture(scope="module")
 def agreement() -> oracle.Agreement:
-    found = oracle.run()
+    found = oracle.run(workers=2)
     print(oracle.report(found))
     return found
 
