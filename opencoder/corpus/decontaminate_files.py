@@ -25,7 +25,7 @@ from opencoder.files import atomic_open, atomic_path, replace_directory, write_j
 from . import json_lines
 from .decontaminate import Decontaminator, excerpt
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (".parquet", *json_lines.SUFFIXES)
 TEXT_COLUMNS = ("text", "content")
 BATCH_ROWS = 64
 """Rows of a parquet file that are read at one time."""

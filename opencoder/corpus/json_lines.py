@@ -10,6 +10,8 @@ from typing import Any
 from opencoder.compressed import open_decompressed
 from opencoder.errors import DataError
 
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+
 
 def object_of(line: bytes) -> dict[str, Any] | str:
     """The object of a line, or what is wrong with the line, as what follows its name: `is not JSON: …`."""
@@ -23,7 +25,7 @@ def object_of(line: bytes) -> dict[str, Any] | str:
 
 
 def objects(path: Path, *, max_line: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number of the line, from 1; its object) of every line of a file .jsonl(.gz, .zst) that is not blank.
+    """(number of the line, from 1; its object) of every line of a file with one of SUFFIXES that is not blank.
 
     Raises DataError with file and line for one of more than `max_line` bytes or without an object, and what
     opencoder.compressed.ERRORS lists where the file is damaged."""

@@ -13,13 +13,14 @@ from typing import Literal
 from opencoder.corpus_config import CorpusConfig, ReadConfig
 from opencoder.errors import DataError
 
+from .. import json_lines
 from .opening import base_name, is_url, list_remote, local_path
 from .record import printable
 
 Kind = Literal["file", "jsonl", "parquet", "tar", "zip", "git", "unreadable"]
 
 SUFFIXES: dict[Kind, tuple[str, ...]] = {
-    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
+    "jsonl": json_lines.SUFFIXES,
     "parquet": (".parquet",),
     "tar": (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.zst", ".tzst", ".crate"),
     "zip": (".zip", ".whl"),
