@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..lexing import Split, split
+from ..lexing import Split, raw_lines, split
 from .characters import CharacterCounts, count_characters
 from .code_text import CodeLineCounts, count_code_lines
 from .prose import ProseCounts, count_prose
@@ -15,13 +15,6 @@ from .words import WordCounts, count_words
 
 Value = float | int | bool | None
 """What a signal gives; None where it has no value."""
-
-
-def raw_lines(text: str) -> list[str]:
-    """The text cut after each newline, which stays part of its line."""
-    lines = text.split("\n")
-    last = lines.pop()
-    return [line + "\n" for line in lines] + ([last] if last else [])
 
 
 def filled_lines(text: str) -> list[str]:
