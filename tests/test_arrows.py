@@ -12,16 +12,18 @@ ROOT = Path(__file__).parents[1]
 
 # A room may import the rooms of lower rank, never one of its own rank or above.
 RANK = {
-    "errors": 0, "files": 0, "compressed": 0, "native": 0, "config_loading": 1, "console": 1, "corpus_config": 2, "config": 3,
-    "kernels": 0, "corpus": 4, "data": 4, "parallel": 4, "model": 5, "optim": 6, "checkpoint": 7, "train": 8, "posttrain": 9,
-    "eval": 9, "tools": 10,
+    "errors": 0, "files": 0, "compressed": 0, "native": 0, "config_loading": 1, "console": 1, "corpus_config": 2,
+    "config_rules": 2, "config": 3, "kernels": 0, "corpus": 4, "data": 4, "parallel": 4, "model": 5, "optim": 6, "checkpoint": 7,
+    "train": 8, "posttrain": 9, "eval": 9, "tools": 10,
 }  # fmt: skip
 
 
 def imported_modules(file: Path, package: str) -> set[str]:
-    """Absolute dotted names of everything `file` (a module of `package`) imports."""
+    """Absolute dotted names of everything `file` (a module of `package`) imports when it runs: not for its types alone."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    tree = ast.parse(file.read_text())
+    tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING")]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -74,3 +76,37 @@ def test_kernels_know_nothing_of_the_rest() -> None:
     for room, file, package in modules():
         if room == "kernels":
             assert rooms_of(imported_modules(file, package)) <= {"kernels"}, file
+
+
+# Who may call torch.distributed: one file for collectives, checkpoints for torch's own format.
+DISTRIBUTED = {
+    "opencoder/parallel/group.py",
+    "opencoder/checkpoint/parts.py",
+    "opencoder/checkpoint/native.py",
+    "opencoder/checkpoint/hf.py",
+}
+
+
+def uses_distributed(file: Path) -> bool:
+    """Whether it imports torch.distributed or a part of it, or reaches it as an attribute of torch."""
+    tree = ast.parse(file.read_text())
+    imported = any(name.startswith("torch.distributed") for name in imported_modules(file, "opencoder"))
+    reached = any(
+        isinstance(n, ast.Attribute) and n.attr == "distributed" and getattr(n.value, "id", "") == "torch"
+        for n in ast.walk(tree)
+    )
+    return imported or reached
+
+
+def test_only_groups_and_checkpoints_call_torch_distributed() -> None:
+    found = {str(file.relative_to(ROOT)) for _, file, _ in modules() if uses_distributed(file)}
+    assert found == DISTRIBUTED
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import torch.distributed as dist", "from torch import distributed", "import torch\ntorch.distributed.barrier()"],
+)
+def test_a_call_around_the_groups_is_seen(tmp_path: Path, line: str) -> None:
+    (tmp_path / "bad.py").write_text(line + "\n")
+    assert uses_distributed(tmp_path / "bad.py")

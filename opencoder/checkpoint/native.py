@@ -26,7 +26,9 @@ from opencoder.config_loading import parse_tree
 from opencoder.errors import DataError, Failure
 from opencoder.files import replace_directory, write_json, write_text
 from opencoder.parallel.mesh import Mesh
-from opencoder.parallel.placement import Placement, as_global
+from opencoder.parallel.placement import Placement
+
+from .parts import as_global
 
 Tensors = Mapping[str, tuple[torch.Tensor, Placement]]
 """Checkpoint key → (this rank's part, where it lives in the global tensor)."""
