@@ -200,6 +200,7 @@ def _finish(
         fsync_directory(output / stage)
     with atomic_path(output / "clusters.parquet") as temporary:
         pq.write_table(clusters, temporary)
+    (output / dedup.SIGNATURES).unlink(missing_ok=True)  # of the corpus that was here before
     if config.dedup.store_signatures:
         _store_signatures(output, work, shards, config)
     rounded = {name: round(seconds, 3) for name, seconds in timings.items()}

@@ -103,6 +103,15 @@ def test_chunks_are_documents_of_their_own(tmp_path: Path) -> None:
     assert all(path.startswith("b.py#") for path in shared)
 
 
+def test_signatures_of_the_corpus_that_was_there_before_go(tmp_path: Path) -> None:
+    root = sources(tmp_path / "src", {"a.py": good(1)})
+    build([root], tmp_path / "out", "dedup.store_signatures=true")
+    assert (tmp_path / "out" / "signatures.parquet").is_file()
+    (root / "a.py").write_text(good(2))
+    build([root], tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "signatures.parquet").exists()
+
+
 def test_the_jaccard_check_keeps_what_only_looks_alike(tmp_path: Path) -> None:
     root = sources(tmp_path / "src", {"a.py": good(1), "b.py": good(1) + "# other words here\n"})
     options = ("dedup.preset=bigcode", "transform.enabled=false")
