@@ -14,7 +14,7 @@ import torch.distributed as dist
 import yaml
 
 from opencoder import kernels as K
-from opencoder.checkpoint import hf, native
+from opencoder.checkpoint import folders, hf, native
 from opencoder.config import Config
 from opencoder.console import ProgressBar
 from opencoder.data.loader import BatchLoader, MicroBatch
@@ -67,17 +67,17 @@ class Trainer:
     def _restore(self) -> None:
         """Resume from the run's newest checkpoint, or start new, with the weights of `checkpoint.load` if given."""
         c = self.config.checkpoint
-        found = native.newest(self.run_dir)
-        if found is not None and c.resume == "never":
+        if c.resume == "never" and folders.list_checkpoints(self.run_dir):
             raise ConfigError(
                 f"{self.run_dir} already holds checkpoints and checkpoint.resume=never: choose another run_dir, or "
                 "checkpoint.resume=auto to go on"
             )
+        found = folders.newest_intact(self.run_dir, self.mesh.world)
         saved_stages = None
         if found is not None:
             state, before = native.read_state(found), native.read_config(found)
             self._check_same_data(before)
-            native.load_tensors(found, {**self._weights(), **self.optimizer.state_tensors()}, self.mesh)
+            native.load_tensors(found, {**self._weights(), **self.optimizer.state_tensors()}, self.mesh, checked=True)
             self.step, self.tokens, saved_stages = state["step"], state["tokens"], state["stages"]
             self.saved_step = self.step
             self.optimizer.set_step_count(self.step)
@@ -102,7 +102,7 @@ class Trainer:
         if hf.is_hf_folder(Path(source)):
             hf.load_weights(Path(source), self._weights(), self.mesh)
         else:
-            native.load_tensors(native.resolve(source), self._weights(), self.mesh)
+            native.load_tensors(folders.resolve(source), self._weights(), self.mesh)
         self._say(f"initial weights from {source}")
 
     def save(self) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
-from opencoder.checkpoint import native
+from opencoder.checkpoint import folders, native
 from opencoder.data.indexed import IndexedWriter
 from opencoder.train.metrics import read_rows
 
@@ -117,7 +117,7 @@ def same_checkpoints(a: Path, b: Path) -> bool:
 
     tensors = []
     for run in (a, b):
-        folder = native.resolve(run)
+        folder = folders.resolve(run)
         import torch.distributed.checkpoint as dcp
 
         metadata = dcp.FileSystemReader(folder / "tensors").read_metadata().state_dict_metadata
@@ -139,7 +139,7 @@ def test_stopped_by_sigterm_and_resumed_equals_an_undisturbed_run(tmp_path: Path
     rest = process.stdout.read()
     assert process.wait() == 0
     assert "as asked; the same command goes on from here" in rest
-    stopped_at = int(native.resolve(tmp_path / "run").name.removeprefix("step_"))
+    stopped_at = int(folders.resolve(tmp_path / "run").name.removeprefix("step_"))
     assert 5 <= stopped_at < 12
     assert f"at step {stopped_at}" in train(path).stdout
     assert losses(tmp_path / "run") == losses(whole)
@@ -158,7 +158,7 @@ def test_two_processes_stopped_by_sigterm_save_and_resume(tmp_path: Path, prefix
             break
     process.stdout.read()
     assert process.wait() == 1  # torchrun's own status
-    assert 3 <= int(native.resolve(tmp_path / "run").name.removeprefix("step_")) < 12
+    assert 3 <= int(folders.resolve(tmp_path / "run").name.removeprefix("step_")) < 12
     train(path, "parallel.tp=2", ranks=2)
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-5)
 
@@ -173,7 +173,7 @@ def test_sigusr1_saves_and_goes_on(tmp_path: Path, prefix: Path) -> None:
             break
     process.stdout.read()
     assert process.wait() == 0
-    saved = [int(p.name.removeprefix("step_")) for p in native.list_checkpoints(tmp_path / "run")]
+    saved = [int(p.name.removeprefix("step_")) for p in folders.list_checkpoints(tmp_path / "run")]
     assert len(saved) == 2
     assert 3 <= saved[0] < 12
     assert saved[1] == 12
@@ -210,7 +210,7 @@ def test_a_longer_run_keeps_the_order_of_the_first_stage(tmp_path: Path, prefix:
     path = config(tmp_path, prefix, optim={"schedule": "constant", "warmup_steps": 0, "decay_steps": 0})
     train(path, "train.steps=6")
     train(path, "train.steps=9")
-    state = native.read_state(native.resolve(tmp_path / "run"))
+    state = native.read_state(folders.resolve(tmp_path / "run"))
     assert [stage["num_samples"] for stage in state["stages"]] == [48, 24]
     assert len(losses(tmp_path / "run")) == 9
 
@@ -284,7 +284,7 @@ def test_dataset_and_tokenizer_must_agree_with_the_model(tmp_path: Path, prefix:
 def test_a_checkpoint_without_a_shard_is_refused_by_name(tmp_path: Path, prefix: Path) -> None:
     path = config(tmp_path, prefix)
     train(path, "train.steps=4", "optim.decay_steps=0")
-    shard = next((native.resolve(tmp_path / "run") / "tensors").glob("*.distcp"))
+    shard = next((folders.resolve(tmp_path / "run") / "tensors").glob("*.distcp"))
     shard.unlink()
     assert f"lacks tensors/{shard.name}" in refused(path, "train.steps=8", "optim.decay_steps=0")
 
