@@ -74,3 +74,37 @@ def test_kernels_know_nothing_of_the_rest() -> None:
     for room, file, package in modules():
         if room == "kernels":
             assert rooms_of(imported_modules(file, package)) <= {"kernels"}, file
+
+
+# Who may call torch.distributed: one file for collectives, checkpoints for torch's own format.
+DISTRIBUTED = {
+    "opencoder/parallel/group.py",
+    "opencoder/checkpoint/parts.py",
+    "opencoder/checkpoint/native.py",
+    "opencoder/checkpoint/hf.py",
+}
+
+
+def uses_distributed(file: Path) -> bool:
+    """Whether it imports torch.distributed or a part of it, or reaches it as an attribute of torch."""
+    tree = ast.parse(file.read_text())
+    imported = any(name.startswith("torch.distributed") for name in imported_modules(file, "opencoder"))
+    reached = any(
+        isinstance(n, ast.Attribute) and n.attr == "distributed" and getattr(n.value, "id", "") == "torch"
+        for n in ast.walk(tree)
+    )
+    return imported or reached
+
+
+def test_only_groups_and_checkpoints_call_torch_distributed() -> None:
+    found = {str(file.relative_to(ROOT)) for _, file, _ in modules() if uses_distributed(file)}
+    assert found == DISTRIBUTED
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import torch.distributed as dist", "from torch import distributed", "import torch\ntorch.distributed.barrier()"],
+)
+def test_a_call_around_the_groups_is_seen(tmp_path: Path, line: str) -> None:
+    (tmp_path / "bad.py").write_text(line + "\n")
+    assert uses_distributed(tmp_path / "bad.py")

@@ -24,7 +24,9 @@ from opencoder.config_loading import parse_tree
 from opencoder.errors import DataError, Failure
 from opencoder.files import FileFacts, replace_directory, write_json, write_text
 from opencoder.parallel.mesh import Mesh
-from opencoder.parallel.placement import Placement, as_global
+from opencoder.parallel.placement import Placement
+
+from .parts import as_global
 
 from .folders import check_files, drop_old, read_json, step_name, write_manifest
 from .storage import TensorWriter

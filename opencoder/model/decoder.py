@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from opencoder import kernels as K
 from opencoder.config import ModelConfig
@@ -19,24 +18,22 @@ from opencoder.parallel.layers import ColumnParallelLinear, RowParallelLinear, V
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import place, replicated
 
+from .attend import Context, Documents, Rope, attend
 from .heads import VocabHead
-from .recompute import recomputed
+from .recompute import modules_of, recomputed, run
+
+__all__ = ["Decoder", "Documents", "Part", "key_of", "named_parameters", "parameter_count", "rotary_table"]
 
 
-class Documents(NamedTuple):
-    """Document bounds of a batch whose B·S tokens are seen as one packed row."""
+class Part(NamedTuple):
+    """The piece of the model that one module holds: a stage of a pipeline, or all of it."""
 
-    cu_seqlens: torch.Tensor
-    """(documents + 1,) int32, from 0 to B·S; no document crosses a sample's end."""
-    max_seqlen: int
-    """Longest document, in tokens."""
-
-
-class Rope(NamedTuple):
-    """Cosines and sines of the rotary embedding, fp32, (S, D/2) or (B, S, D/2)."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
+    layers: range
+    """Numbers of its layers in the whole model."""
+    first: bool
+    """Holds the embedding: takes ids, not a hidden state."""
+    last: bool
+    """Holds the last norm and the head."""
 
 
 class RMSNorm(nn.Module):
@@ -65,19 +62,14 @@ class Attention(nn.Module):
         self.v_proj = ColumnParallelLinear(width, config.kv_heads * d, tp=mesh.tp, copy_input=False)
         self.o_proj = RowParallelLinear(config.heads * d, width, tp=mesh.tp)
 
-    def forward(self, x: torch.Tensor, rope: Rope, documents: Documents | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         b, s, _ = x.shape
         x = copy_to_group(x, self.tp)  # once for the three projections: one all-reduce in backward
         q = self.q_proj(x).view(b, s, -1, self.head_dim)  # (B, S, M) -> (B, S, H/tp, D)
         k = self.k_proj(x).view(b, s, -1, self.head_dim)
         v = self.v_proj(x).view(b, s, -1, self.head_dim)
-        q, k = K.rotary(q, k, rope.cos, rope.sin)
-        if documents is None:
-            out = K.attention(q, k, v, causal=True)
-        else:  # (B, S, H, D) -> (B·S, H, D), packed
-            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-            out = K.attention(q, k, v, cu_seqlens=documents.cu_seqlens, max_seqlen=documents.max_seqlen)
-        return self.o_proj(out.reshape(b, s, -1))
+        q, k = K.rotary(q, k, context.rope.cos, context.rope.sin)
+        return self.o_proj(attend(q, k, v, context).reshape(b, s, -1))
 
 
 class MLP(nn.Module):
@@ -105,68 +97,104 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer, pre-norm. Takes and gives (update, residual): the addition is fused into the next norm."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, *, recompute: str) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, *, recompute: frozenset[str] = frozenset()) -> None:
+        """`recompute`: which of its modules run again in the backward pass, "full" for all of it."""
         super().__init__()
+        self.recompute = recompute
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config, mesh)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config, mesh, keep_product=recompute == "full")
+        self.mlp = MLP(config, mesh, keep_product=bool(recompute & {"full", "mlp"}))
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, rope: Rope, documents: Documents | None
+        self, x: torch.Tensor, residual: torch.Tensor | None, context: Context
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x, residual = self.input_layernorm(x, residual)
-        x, residual = self.post_attention_layernorm(self.self_attn(x, rope, documents), residual)
-        return self.mlp(x), residual
+        x = run(self.self_attn, x, context, again="attention" in self.recompute)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return run(self.mlp, x, again="mlp" in self.recompute), residual
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, norm and head. Build it under `torch.device("meta")` to look at sizes without memory."""
+    """Embedding, blocks, norm and head, or the `part` of them that a pipeline stage holds. Build it under
+    `torch.device("meta")` to look at sizes without memory.
 
-    def __init__(self, config: ModelConfig, mesh: Mesh | None = None, *, recompute: str = "none") -> None:
+    Layers carry their number in the whole model, so parameters have the same keys in every cut. What a part does not hold
+    (`embed_tokens`, `norm`, `lm_head`) is no attribute of it."""
+
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh | None = None, *, recompute: str = "none", part: Part | None = None
+    ) -> None:
+        """`part` None: the whole model. Raises ValueError for one that the model cannot be cut into."""
         super().__init__()
         mesh = mesh or Mesh()
-        self.config, self.recompute = config, recompute
-        self.embed_tokens = VocabParallelEmbedding(config.padded_vocab_size, config.hidden_size, tp=mesh.tp)
-        self.layers = nn.ModuleList(Block(config, mesh, recompute=recompute) for _ in range(config.layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        tied = self.embed_tokens.weight if config.tie_embeddings else None
-        self.lm_head = VocabHead(config, mesh, weight=tied)
+        self.config = config
+        self.part = part = part or Part(range(config.layers), first=True, last=True)
+        if config.tie_embeddings and part.first != part.last:
+            raise ValueError("a model with tied embeddings cannot be cut: its two ends share a matrix")
+        if part.first:
+            self.embed_tokens = VocabParallelEmbedding(config.padded_vocab_size, config.hidden_size, tp=mesh.tp)
+        again = {i: modules_of(recompute, i) for i in part.layers}
+        self.again = {str(i): "full" in modules for i, modules in again.items()}
+        self.layers = nn.ModuleDict({str(i): Block(config, mesh, recompute=again[i]) for i in part.layers})
+        if part.last:
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+            tied = self.embed_tokens.weight if config.tie_embeddings else None
+            self.lm_head = VocabHead(config, mesh, weight=tied)
 
-    def hidden(self, tokens: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
-        """(B, S) ids → (B, S, M) after the last norm."""
-        x: torch.Tensor = self.embed_tokens(tokens)
+    def hidden(
+        self, x: torch.Tensor, documents: Documents | None = None, *, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, S) ids, or the hidden state (B, S, M) of the part before → (B, S, M): after the last norm, or for the next part."""
+        context = Context(rotary_table(self.config, x, documents, positions=positions), documents)
+        if self.part.first:
+            x = self.embed_tokens(x)
         residual: torch.Tensor | None = None
-        rope = rotary_table(self.config, tokens, documents)
-        for block in self.layers:
-            if self.recompute == "full" and torch.is_grad_enabled():
-                x, residual = checkpoint(block, x, residual, rope, documents, use_reentrant=False)
-            else:
-                x, residual = block(x, residual, rope, documents)
-        return self.norm(x, residual)[0]
+        for number, block in self.layers.items():
+            x, residual = run(block, x, residual, context, again=self.again[number])
+        if self.part.last:
+            return self.norm(x, residual)[0]
+        return x if residual is None else x + residual  # one tensor, not two, goes to the next part
 
     def loss(
-        self, tokens: torch.Tensor, targets: torch.Tensor, documents: Documents | None = None
+        self,
+        x: torch.Tensor,
+        targets: torch.Tensor,
+        documents: Documents | None = None,
+        *,
+        positions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Sum of token losses over this rank's samples, 0-dim, and statistics; targets (B, S), −100 = masked."""
-        return self.lm_head.loss(self.hidden(tokens, documents), targets)
+        return self.lm_head.loss(self.hidden(x, documents, positions=positions), targets)
 
-    def forward(self, tokens: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, documents: Documents | None = None, *, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(B, S) ids → logits (B, S, V/tp)."""
-        return self.lm_head.logits(self.hidden(tokens, documents))
+        return self.lm_head.logits(self.hidden(x, documents, positions=positions))
 
 
-def rotary_table(config: ModelConfig, tokens: torch.Tensor, documents: Documents | None = None) -> Rope:
-    """Angles p·theta^(−2i/D) in fp32, as in the Hugging Face implementation; positions restart with each document."""
-    b, s = tokens.shape
-    d, device = config.head_dim, tokens.device
-    if documents is None:
+def rotary_table(
+    config: ModelConfig,
+    like: torch.Tensor,
+    documents: Documents | None = None,
+    *,
+    positions: torch.Tensor | None = None,
+) -> Rope:
+    """Angles p·theta^(−2i/D) in fp32, as in the Hugging Face implementation, for tokens or a hidden state `like` (B, S, …).
+
+    `positions` (S,) or (B, S) say where a token stands in its document; None: as they follow in `like`, restarting with each
+    document."""
+    b, s = like.shape[:2]
+    d, device = config.head_dim, like.device
+    if positions is None and documents is None:
         positions = torch.arange(s, device=device)
-    else:
+    elif positions is None and documents is not None:
         at = torch.arange(b * s, device=device)
         starts = documents.cu_seqlens.long()
         document = torch.searchsorted(starts, at, right=True) - 1
         positions = (at - starts[document]).view(b, s)
+    assert positions is not None
     exponents = torch.arange(0, d, 2, dtype=torch.float32, device=device) / d
     angles = positions[..., None].float() * (1.0 / config.rope_theta**exponents)
     return Rope(angles.cos(), angles.sin())

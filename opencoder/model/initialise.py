@@ -12,21 +12,30 @@ from opencoder.config import ModelConfig
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import place, placement_of
 
-from .decoder import Decoder, named_parameters
+from .decoder import Decoder, Part, named_parameters
 
 BLOCK_ROWS = 1024
 """Rows per draw. Part of the definition of the initial weights: another number gives other weights for one seed."""
 
 
 def build_model(
-    config: ModelConfig, mesh: Mesh, *, dtype: torch.dtype, device: torch.device, seed: int, recompute: str = "none"
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    recompute: str = "none",
+    part: Part | None = None,
 ) -> Decoder:
-    """This rank's part of the model with its initial weights."""
+    """This rank's shards of the model, or of a `part` of it, with their initial weights."""
     with torch.device("meta"):
-        model = Decoder(config, mesh, recompute=recompute)
+        model = Decoder(config, mesh, recompute=recompute, part=part)
     placements = {name: placement_of(p) for name, p in model.named_parameters()}
     model = model.to(dtype).to_empty(device=device)
-    if config.tie_embeddings:  # to_empty makes new parameters, one for each place a tied one stood in
+    if (
+        config.tie_embeddings and model.part.first
+    ):  # to_empty makes new parameters, one for each place a tied one stood in
         model.lm_head.weight = model.embed_tokens.weight
     for name, parameter in model.named_parameters():
         place(parameter, placements[name])

@@ -1,11 +1,29 @@
-"""Trading memory for work in single operators."""
+"""Trading memory for work: modules run again in the backward pass, and single operators."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+MODULES = ("full", "attention", "mlp")
+"""Parts of a layer that can be run again: the whole of it, or one of its modules."""
+
+
+def modules_of(recompute: str, layer: int) -> frozenset[str]:
+    """Which of `MODULES` layer number `layer` runs again under the setting `train.recompute`."""
+    return frozenset() if recompute == "none" else frozenset((recompute,))
+
+
+def run(module: nn.Module, *args: Any, again: bool) -> Any:
+    """module(*args). With `again` only `args` are kept for the backward pass, which runs the module a second time."""
+    if again and torch.is_grad_enabled():
+        return checkpoint(module, *args, use_reentrant=False)
+    return module(*args)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .mesh import Group
+from .group import Group
 
 
 class _CopyToGroup(torch.autograd.Function):

@@ -8,12 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from opencoder import kernels as K
 
-from .mesh import SINGLE, Group
+from .group import SINGLE, Group
 
 IGNORE = -100
 
@@ -25,7 +24,7 @@ def _combined(
     all ranks."""
     if group.size > 1:
         local_highest = highest.clone()
-        group.all_reduce(highest, dist.ReduceOp.MAX)
+        group.all_reduce(highest, "max")
         # The target's logit is zero on all ranks but the one that holds it, so both can travel in one sum.
         packed = torch.stack([sum_exp * (local_highest - highest).exp(), target_logit])
         sum_exp, target_logit = group.all_reduce(packed)

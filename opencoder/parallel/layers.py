@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .collectives import copy_to_group, reduce_from_group
-from .mesh import SINGLE, Group
+from .group import SINGLE, Group
 from .placement import place, sharded
 
 

@@ -2,38 +2,109 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .mesh import AXES, Mesh
+from .mesh import Mesh
+
+
+class Rectangle(NamedTuple):
+    """A box of the global tensor that lies in one piece of this rank's flat local tensor."""
+
+    offsets: tuple[int, ...]
+    """Of its first element in the global tensor."""
+    sizes: tuple[int, ...]
+    begin: int
+    """Of its first element in the flat local tensor; it ends sizes[0]·sizes[1]·… later."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """`shard_dim` of the global tensor is split evenly over `axis` (both None: not split). The same values stand on all
-    ranks of `replicated_over`. Its gradient is a partial sum over `grad_sum_axes` and must be summed there."""
+    """`shard_dim` of the global tensor is split evenly over `axis` (both None: not split), into `shards` parts: fewer than
+    the axis has ranks if neighbours hold the same part (key/value heads fewer than tp). The same values stand on all ranks
+    of `replicated_over`. Its gradient is a partial sum over `grad_sum_axes` and must be summed there."""
 
     global_shape: tuple[int, ...]
     shard_dim: int | None = None
     axis: str | None = None
     replicated_over: tuple[str, ...] = ("dp", "cp", "tp")
     grad_sum_axes: tuple[str, ...] = ("dp", "cp")
+    shards: int | None = None
+    """None: as many as the axis has ranks."""
 
     def slice_of(self, mesh: Mesh) -> tuple[slice, ...]:
         """This rank's part of the global tensor, as slices."""
         slices = [slice(0, n) for n in self.global_shape]
         if self.shard_dim is not None and self.axis is not None:
             group = mesh.axis(self.axis)
-            n = self.global_shape[self.shard_dim] // group.size
-            slices[self.shard_dim] = slice(group.rank * n, (group.rank + 1) * n)
+            parts = self.shards or group.size
+            n = self.global_shape[self.shard_dim] // parts
+            part = group.rank * parts // group.size
+            slices[self.shard_dim] = slice(part * n, (part + 1) * n)
         return tuple(slices)
 
+    def copies(self, mesh: Mesh) -> int:
+        """Ranks of the world that hold the same values as this one, itself included: what a sum over the world must divide
+        by to count every value once."""
+        held = math.prod(mesh.axis(axis).size for axis in self.replicated_over)
+        if self.axis is None or self.shards is None:
+            return held
+        return held * (mesh.axis(self.axis).size // self.shards)
 
-def sharded(global_shape: tuple[int, ...], shard_dim: int, axis: str = "tp") -> Placement:
-    """Split over `axis`, equal over the data axes."""
-    return Placement(global_shape, shard_dim, axis, replicated_over=("dp", "cp"))
+    def rectangles(self, mesh: Mesh, interval: tuple[int, int] | None = None) -> list[Rectangle]:
+        """Where the elements [begin, end) of this rank's flat local tensor (None: all) stand in the global one.
+
+        An interval of a matrix is up to three boxes: the rest of a row, whole rows, the start of a row."""
+        part = self.slice_of(mesh)
+        shape = tuple(s.stop - s.start for s in part)
+        begin, end = interval or (0, math.prod(shape))
+        if not 0 <= begin <= end <= math.prod(shape):
+            raise ValueError(f"interval [{begin}, {end}) lies outside the {math.prod(shape)} elements of this rank")
+        found = []
+        for offsets, sizes in _boxes(shape, begin, end):
+            where = tuple(s.start + o for s, o in zip(part, offsets, strict=True))
+            found.append(Rectangle(where, sizes, begin))
+            begin += math.prod(sizes)
+        return found
+
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _boxes(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Box]:
+    """Offsets and sizes of the fewest boxes that make up the flat interval [begin, end) of a row-major tensor, in order."""
+    if begin == end:
+        return
+    if len(shape) < 2:
+        yield (begin,) * len(shape), (end - begin,) * len(shape)
+        return
+    row = math.prod(shape[1:])
+
+    def within(index: int, low: int, high: int) -> Iterator[Box]:
+        for offsets, sizes in _boxes(shape[1:], low, high):
+            yield (index, *offsets), (1, *sizes)
+
+    first, last = begin // row, end // row
+    if begin % row:
+        yield from within(first, begin % row, row if first < last else end % row)
+        first += 1
+    if first < last:
+        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
+    if end % row and first <= last:
+        yield from within(last, 0, end % row)
+
+
+def sharded(global_shape: tuple[int, ...], shard_dim: int, axis: str = "tp", *, shards: int | None = None) -> Placement:
+    """Split over `axis`, equal over the data axes. With `shards`, neighbours of the axis hold the same part, and each of them a
+    part of its gradient: only tp can have those, and they are the mesh's group `kv`."""
+    data = ("dp", "cp")
+    if shards is None:
+        return Placement(global_shape, shard_dim, axis, replicated_over=data)
+    return Placement(global_shape, shard_dim, axis, replicated_over=data, grad_sum_axes=(*data, "kv"), shards=shards)
 
 
 def replicated(global_shape: tuple[int, ...]) -> Placement:
@@ -53,25 +124,3 @@ def placement_of(parameter: torch.Tensor) -> Placement:
     if placement is None:
         raise TypeError(f"parameter of shape {tuple(parameter.shape)} has no placement: its layer must call place()")
     return placement
-
-
-def as_global(local: torch.Tensor, placement: Placement, mesh: Mesh) -> torch.Tensor:
-    """`local` as a tensor whose `size()` is the global shape and that shares its storage: what checkpoints are made of.
-
-    A DTensor over the mesh, or `local` itself in a single process."""
-    if mesh.device_mesh is None:
-        assert tuple(local.shape) == placement.global_shape, (local.shape, placement)
-        return local
-    per_axis = [
-        Shard(placement.shard_dim) if name == placement.axis and placement.shard_dim is not None else Replicate()
-        for name in AXES
-    ]
-    shape = torch.Size(placement.global_shape)
-    return DTensor.from_local(
-        local,
-        mesh.device_mesh,
-        per_axis,
-        run_check=False,
-        shape=shape,
-        stride=torch.empty(shape, device="meta").stride(),
-    )

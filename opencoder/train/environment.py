@@ -6,14 +6,13 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from opencoder.config import Config, TrainConfig
 from opencoder.errors import ConfigError
+from opencoder.parallel.group import start_processes, stop_processes
 from opencoder.parallel.mesh import Mesh, create_mesh
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -49,14 +48,12 @@ def environment(config: Config) -> Iterator[tuple[Mesh, torch.device]]:
     _set_threads(config.train, device)
     _set_determinism(config.train)
     if world_size() > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+        start_processes(device.type, timeout_s=TIMEOUT_S)
     try:
         p = config.parallel
-        yield create_mesh(tp=p.tp, pp=p.pp, cp=p.cp, device_type=device.type), device
+        yield create_mesh(tp=p.tp, pp=p.pp, cp=p.cp, device_type=device.type, timeout_s=TIMEOUT_S), device
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        stop_processes()
 
 
 def _set_threads(config: TrainConfig, device: torch.device) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 
 from opencoder import kernels as K
@@ -185,7 +184,7 @@ class Trainer:
         if self.validation is not None and (self.step == self.total_steps or self.step % (every or 1) == 0):
             row["valid_loss"] = self.evaluate(self.validation)
         worst = torch.tensor([step_s, data_wait_s, peak_memory_gib(self.device)], dtype=torch.float64)
-        worst = self.mesh.world.all_reduce(worst.to(self.device), dist.ReduceOp.MAX)
+        worst = self.mesh.world.all_reduce(worst.to(self.device), "max")
         row["step_s"], row["data_wait_s"], row["mem_gib"] = worst.tolist()
         row["tokens_per_s"] = seq_len * samples / row["step_s"]
         flops = flops_per_token(self.config.model, self.parameters, seq_len) * row["tokens_per_s"]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from opencoder.parallel.mesh import Group
+from opencoder.parallel.group import Group
 
 
 class Asked(NamedTuple):

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from opencoder.config import PRESETS
-from opencoder.model.decoder import Decoder, Documents, named_parameters, parameter_count
+from opencoder.model.decoder import Decoder, Documents, Part, named_parameters, parameter_count
 from opencoder.model.initialise import build_model
+from opencoder.model.recompute import MODULES
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import placement_of
 
@@ -79,12 +80,72 @@ def test_documents_do_not_see_one_another() -> None:
 def test_recompute_changes_nothing() -> None:
     tokens, labels = batch(250, 2, 16)
     grads = []
-    for recompute in ("none", "full"):
+    for recompute in ("none", *MODULES):
         model = build_model(model_config(), Mesh(), dtype=torch.float64, device=CPU, seed=1, recompute=recompute)
         model.loss(tokens, labels)[0].backward()
         grads.append({k: p.grad for k, p in named_parameters(model).items()})
-    for key in grads[0]:
-        assert torch.equal(grads[0][key], grads[1][key]), key
+    for found in grads[1:]:
+        assert all(torch.equal(found[key], truth) for key, truth in grads[0].items())
+
+
+@pytest.mark.parametrize("recompute", MODULES)
+def test_what_is_recomputed_is_not_kept(recompute: str) -> None:
+    kept = {}
+    for setting in ("none", recompute):
+        model = build_model(model_config(layers=4), Mesh(), dtype=torch.float64, device=CPU, seed=1, recompute=setting)
+        sizes: dict[int, int] = {}
+
+        def pack(x: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            x = model.hidden(batch(250, 2, 32)[0])
+        kept[setting] = sum(sizes.values())
+        x.sum().backward()
+    assert kept[recompute] < kept["none"]
+
+
+@pytest.mark.parametrize("documents", [None, Documents(torch.tensor([0, 5, 16, 20, 32], dtype=torch.int32), 12)])
+def test_parts_in_a_row_are_the_whole_model(documents: Documents | None) -> None:
+    tokens, labels = batch(250, 2, 16)
+    whole = build_model(model_config(layers=5), Mesh(), dtype=torch.float64, device=CPU, seed=1)
+    cuts = [Part(range(0), True, False), Part(range(3), False, False), Part(range(3, 5), False, True)]
+    parts = [
+        build_model(model_config(layers=5), Mesh(), dtype=torch.float64, device=CPU, seed=1, part=cut) for cut in cuts
+    ]
+    x = tokens
+    for stage in parts[:-1]:
+        x = stage.hidden(x, documents)
+    total = parts[-1].loss(x, labels, documents)[0]
+    total.backward()
+    truth = whole.loss(tokens, labels, documents)[0]
+    truth.backward()
+    assert torch.allclose(total, truth, rtol=1e-13)
+    found = {key: p for stage in parts for key, p in named_parameters(stage).items()}
+    assert found.keys() == named_parameters(whole).keys()
+    for key, p in named_parameters(whole).items():
+        assert torch.equal(p, found[key]), key
+        assert (found[key].grad - p.grad).norm() <= 1e-12 * p.grad.norm(), key
+
+
+def test_a_tied_model_is_not_cut() -> None:
+    with pytest.raises(ValueError, match="tied embeddings cannot be cut"):
+        Decoder(model_config(tie_embeddings=True), part=Part(range(1), True, False))
+
+
+def test_given_positions_are_used() -> None:
+    model, (tokens, _) = small(), batch(250, 2, 16)
+    usual = model(tokens)
+    assert torch.equal(model(tokens, positions=torch.arange(16)), usual)
+    assert torch.allclose(
+        model(tokens, positions=torch.arange(16) + 7), usual, atol=1e-5
+    )  # rotary is relative; its table fp32
+    order = torch.arange(16).flip(0)
+    assert not torch.allclose(model(tokens, positions=order), usual, atol=1e-3)
+    documents = Documents(torch.tensor([0, 5, 16, 20, 32], dtype=torch.int32), 12)
+    positions = torch.cat([torch.arange(n) for n in (5, 11, 4, 12)]).view(2, 16)
+    assert torch.equal(model(tokens, documents, positions=positions), model(tokens, documents))
 
 
 def test_tied_head_is_the_embedding() -> None:
