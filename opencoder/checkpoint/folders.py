@@ -14,7 +14,7 @@ from opencoder.errors import DataError
 from opencoder.files import FileFacts, facts_of, remove_directory, write_json
 from opencoder.parallel.mesh import SINGLE, Group
 
-from .together import gather, together
+from .together import together
 
 MANIFEST_FORMAT = 2
 log = logging.getLogger("opencoder")
@@ -69,7 +69,7 @@ def newest_intact(run_dir: Path, world: Group = SINGLE) -> Path | None:
         if world.rank == 0:
             clear_leftovers(run_dir)
             found = candidates(run_dir)
-    found = gather(world, found)[0]
+    found = world.gather_objects(found)[0]
     if not found:
         return None
     try:
@@ -149,7 +149,7 @@ def problem_of(folder: Path, world: Group = SINGLE) -> str | None:
             mine = _sum_problem(folder, world)
         except OSError as error:
             mine = f"checkpoint {folder}: {error}"
-    return next((problem for problem in gather(world, mine) if problem is not None), None)
+    return next((problem for problem in world.gather_objects(mine) if problem is not None), None)
 
 
 def _sum_problem(folder: Path, world: Group) -> str | None:

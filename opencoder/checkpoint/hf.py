@@ -24,10 +24,11 @@ from opencoder.errors import DataError
 from opencoder.files import replace_directory, temporary_name, write_json, write_text
 from opencoder.model.decoder import Decoder, named_parameters
 from opencoder.parallel.mesh import Mesh
-from opencoder.parallel.placement import Placement, placement_of, replicated
+from opencoder.parallel.placement import placement_of, replicated
 
 from . import folders, native
 from .hf_config import check_ids, hf_config, model_config, tokenizer_ids
+from .parts import Part, Tensors
 
 SHARD_BYTES = 5_000_000_000
 """Largest safetensors file of an export."""
@@ -161,7 +162,7 @@ def import_(source: str | Path, output: str | Path) -> Path:
     temporary = temporary_name(output)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors: dict[str, tuple[torch.Tensor, Placement]] = {}
+    tensors: dict[str, Part] = {}
     with _Reader(folder) as reader:
         reader.refuse_unknown(set(shapes(config)), tied=config.tie_embeddings)
         for key, shape in shapes(config).items():
@@ -193,10 +194,11 @@ def read_model_config(folder: Path) -> ModelConfig:
     return model_config(described, file, ids.size if ids else None)
 
 
-def load_weights(folder: Path, tensors: native.Tensors, mesh: Mesh) -> None:
+def load_weights(folder: Path, tensors: Tensors, mesh: Mesh) -> None:
     """Fill this rank's parts of `tensors` from a Hugging Face folder, reading only the slices it holds."""
     with _Reader(folder) as reader, torch.no_grad():
-        for key, (local, placement) in tensors.items():
+        for key, part in tensors.items():
+            local, placement = part[:2]
             local.copy_(reader.tensor(key, placement.global_shape, placement.slice_of(mesh)))
 
 

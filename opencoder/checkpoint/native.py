@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
 
@@ -24,16 +23,11 @@ from opencoder.config_loading import parse_tree
 from opencoder.errors import DataError, Failure
 from opencoder.files import FileFacts, replace_directory, write_json, write_text
 from opencoder.parallel.mesh import Mesh
-from opencoder.parallel.placement import Placement
-
-from .parts import as_global
 
 from .folders import check_files, drop_old, read_json, step_name, write_manifest
+from .parts import Tensors, global_part
 from .storage import TensorWriter
-from .together import gather, together
-
-Tensors = Mapping[str, tuple[torch.Tensor, Placement]]
-"""Checkpoint key → (this rank's part, where it lives in the global tensor)."""
+from .together import together
 
 FORMAT = 1
 FREE_SPACE = "free disk space and start the same command again; it resumes from the newest earlier checkpoint, which is untouched"
@@ -65,7 +59,7 @@ def save(
                 temporary.mkdir(parents=True)
         with together(world, what, FREE_SPACE):
             written = write_tensors(temporary / "tensors", tensors, mesh)
-        sums = {f"tensors/{name}": facts for part in gather(world, written) for name, facts in part.items()}
+        sums = {f"tensors/{name}": facts for part in world.gather_objects(written) for name, facts in part.items()}
         with together(world, what, FREE_SPACE):
             if first:
                 write_text(temporary / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -92,10 +86,10 @@ def finish(temporary: Path, folder: Path, known: dict[str, FileFacts]) -> None:
 
 def write_tensors(folder: Path, tensors: Tensors, mesh: Mesh) -> dict[str, FileFacts]:
     """Write `tensors` from all ranks; parts equal on several ranks are written once. Returns this rank's files."""
-    state = {key: as_global(local, placement, mesh) for key, (local, placement) in tensors.items()}
+    state = {key: global_part(part, mesh) for key, part in tensors.items()}
     writer = TensorWriter(folder)
     with _single_process_is_meant():
-        dcp.save(state, storage_writer=writer, no_dist=mesh.device_mesh is None)
+        dcp.save(state, storage_writer=writer, no_dist=mesh.world.size == 1)
     return writer.written
 
 
@@ -123,7 +117,8 @@ def load_tensors(folder: Path, tensors: Tensors, mesh: Mesh, *, checked: bool = 
     if not checked:
         check_files(folder, mesh.world)
     saved = dcp.FileSystemReader(folder / "tensors").read_metadata().state_dict_metadata
-    for key, (_, placement) in tensors.items():
+    for key, part in tensors.items():
+        placement = part[1]
         if key not in saved:
             raise DataError(f"checkpoint {folder} has no tensor {key}: it was written by another model or optimizer")
         shape = tuple(getattr(saved[key], "size", ()))
@@ -132,9 +127,9 @@ def load_tensors(folder: Path, tensors: Tensors, mesh: Mesh, *, checked: bool = 
                 f"checkpoint {folder}: {key} has shape {shape}, the model asks for {placement.global_shape}: use the "
                 "model configuration the checkpoint was written with"
             )
-    state = {key: as_global(local.detach(), placement, mesh) for key, (local, placement) in tensors.items()}
+    state = {key: global_part(part, mesh) for key, part in tensors.items()}
     with _single_process_is_meant():
-        dcp.load(state, checkpoint_id=folder / "tensors", no_dist=not dist.is_initialized())
+        dcp.load(state, checkpoint_id=folder / "tensors", no_dist=mesh.world.size == 1)
 
 
 def load_whole(folder: Path, tensors: dict[str, torch.Tensor]) -> None:

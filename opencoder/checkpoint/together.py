@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from opencoder.errors import Failure, UserError
 from opencoder.parallel.mesh import Group
-
-
-def gather(group: Group, value: Any) -> list[Any]:
-    """The picklable `value` of every rank, in rank order, on all of them."""
-    if group.size == 1:
-        return [value]
-    found: list[Any] = [None] * group.size
-    dist.all_gather_object(found, value, group=group.process_group)
-    return found
 
 
 @contextmanager
@@ -34,7 +23,7 @@ def together(group: Group, what: str, remedy: str) -> Iterator[None]:
         yield
     except (Exception, CheckpointException) as caught:  # the latter is a BaseException
         error = caught
-    outcomes = gather(group, None if error is None else _outcome(error))
+    outcomes = group.gather_objects(None if error is None else _outcome(error))
     failed = [(rank, *outcome) for rank, outcome in enumerate(outcomes) if outcome is not None]
     if not failed:
         return
