@@ -211,7 +211,7 @@ class CheckpointConfig(Branch):
     keep: int | None = Field(None, ge=1)
     """Newest checkpoints kept; None: all."""
     async_save: bool = False
-    """Save in the background (not available yet)."""
+    """Save in the background: training waits for a copy in host memory (as large as a rank's share), not for the disk."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in run_dir if there is one."""
     load: str | None = None
@@ -296,7 +296,6 @@ def _check_available(config: Config) -> None:
         "data.stages": bool(d.stages),
         f"optim.name={config.optim.name}": config.optim.name == "lars",
         f"optim.schedule={config.optim.schedule}": config.optim.schedule == "fccs",
-        "checkpoint.async_save=true": config.checkpoint.async_save,
     }
     for key, asked in missing.items():
         if asked:

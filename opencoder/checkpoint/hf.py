@@ -23,12 +23,12 @@ from opencoder.console import ProgressBar
 from opencoder.errors import DataError
 from opencoder.files import replace_directory, temporary_name, write_json, write_text
 from opencoder.model.decoder import Decoder, named_parameters
-from opencoder.parallel.mesh import Mesh
+from opencoder.parallel.mesh import SINGLE, Mesh
 from opencoder.parallel.placement import placement_of, replicated
 
 from . import folders, native
 from .hf_config import check_ids, hf_config, model_config, tokenizer_ids
-from .parts import Part, Tensors
+from .parts import Part, Tensors, global_part
 
 SHARD_BYTES = 5_000_000_000
 """Largest safetensors file of an export."""
@@ -167,7 +167,7 @@ def import_(source: str | Path, output: str | Path) -> Path:
         reader.refuse_unknown(set(shapes(config)), tied=config.tie_embeddings)
         for key, shape in shapes(config).items():
             tensors[key] = (reader.tensor(key, shape), replicated(shape))
-    written = native.write_tensors(temporary / "tensors", tensors, Mesh())
+    written = native.write_parts(temporary / "tensors", {k: global_part(p, Mesh()) for k, p in tensors.items()}, SINGLE)
     tree = {"run_dir": str(output), "model": config.model_dump(), "data": {"seq_len": min(config.max_seq_len, 1024)}}
     write_text(temporary / "config.yaml", json.dumps(parse_tree(Config, tree).model_dump(mode="json"), indent=2))
     write_json(

@@ -22,10 +22,10 @@ from opencoder.config import Config
 from opencoder.config_loading import parse_tree
 from opencoder.errors import DataError, Failure
 from opencoder.files import FileFacts, replace_directory, write_json, write_text
-from opencoder.parallel.mesh import Mesh
+from opencoder.parallel.mesh import Group, Mesh
 
 from .folders import check_files, drop_old, read_json, step_name, write_manifest
-from .parts import Tensors, global_part
+from .parts import GlobalPart, Tensors, global_part
 from .storage import TensorWriter
 from .together import together
 
@@ -54,11 +54,12 @@ def save(
     what = f"checkpoint of step {step} could not be written under {folder.parent}"
     try:
         with together(world, what, FREE_SPACE):
+            parts = {key: global_part(part, mesh) for key, part in tensors.items()}
             if first:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         with together(world, what, FREE_SPACE):
-            written = write_tensors(temporary / "tensors", tensors, mesh)
+            written = write_parts(temporary / "tensors", parts, world)
         sums = {f"tensors/{name}": facts for part in world.gather_objects(written) for name, facts in part.items()}
         with together(world, what, FREE_SPACE):
             if first:
@@ -84,12 +85,13 @@ def finish(temporary: Path, folder: Path, known: dict[str, FileFacts]) -> None:
     replace_directory(temporary, folder)
 
 
-def write_tensors(folder: Path, tensors: Tensors, mesh: Mesh) -> dict[str, FileFacts]:
-    """Write `tensors` from all ranks; parts equal on several ranks are written once. Returns this rank's files."""
-    state = {key: global_part(part, mesh) for key, part in tensors.items()}
+def write_parts(folder: Path, parts: dict[str, GlobalPart], world: Group) -> dict[str, FileFacts]:
+    """Write `parts` from all ranks; boxes that several hold are written once. Returns this rank's files.
+
+    An error on one rank is raised on all as torch's CheckpointException; what may fail on one rank alone comes before."""
     writer = TensorWriter(folder)
     with _single_process_is_meant():
-        dcp.save(state, storage_writer=writer, no_dist=mesh.world.size == 1)
+        dcp.save(dict(parts), storage_writer=writer, process_group=world.process_group, no_dist=world.size == 1)
     return writer.written
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from opencoder import kernels as K
 from opencoder.checkpoint import folders, hf, native
+from opencoder.checkpoint.saver import Saver
 from opencoder.config import Config
 from opencoder.console import ProgressBar
 from opencoder.data.loader import BatchLoader, MicroBatch
@@ -27,7 +28,7 @@ from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import placement_of
 
 from .data import plan_stages, training_loader, training_samples, validation_loader
-from .environment import DTYPES
+from .environment import DTYPES, TIMEOUT_S
 from .metrics import MFU_CONVENTION, MetricsLog, flops_per_token, measure_gemm_tflops, peak_memory_gib
 from .preflight import check_inputs
 from .signals import Asked, Signals
@@ -51,6 +52,9 @@ class Trainer:
         self.optimizer = Optimizer(named_parameters(self.model), config.optim, mesh)
         self.step, self.tokens = 0, 0
         self.saved_step: int | None = None
+        self.saver = Saver(self.run_dir, config.checkpoint, mesh, timeout_s=TIMEOUT_S, say=self._say)
+        self.save_wait_s = 0.0
+        """Seconds that steps have waited for checkpoints since the last row of metrics."""
         self.stages: list[dict[str, Any]] = []
         self._restore()
         self.total_steps = t.total_steps()
@@ -108,13 +112,10 @@ class Trainer:
         """Write a checkpoint of the current step unless there is one."""
         if self.saved_step == self.step:
             return
-        start = time.perf_counter()
         tokenizer = self.config.data.tokenizer
-        folder = native.save(
-            self.run_dir,
+        self.save_wait_s += self.saver.save(
             self.step,
             {**self._weights(), **self.optimizer.state_tensors()},
-            self.mesh,
             config=self.config,
             state={
                 "tokens": self.tokens,
@@ -123,10 +124,8 @@ class Trainer:
                 "skipped_batches": [],
             },
             tokenizer=Path(tokenizer) if tokenizer else None,
-            keep=self.config.checkpoint.keep,
         )
         self.saved_step = self.step
-        self._say(f"saved {folder} in {time.perf_counter() - start:.1f} s")
 
     # ---- the run ----
 
@@ -155,9 +154,14 @@ class Trainer:
                         metrics.write(row)
                         bar.advance(1, postfix=f"loss {row['loss']:.4f}")
                         self._print_row(row)
-                    if self._save_if_due(signals.agree(self.mesh.world, self.device)):
+                    if self._save_if_due(signals.agree(self.mesh.world, self.device, failed=self.saver.failed)):
+                        self.saver.wait()
                         self._say(f"stopped at step {self.step} as asked; the same command goes on from here")
                         break
+            self.saver.wait()
+        except BaseException:
+            self.saver.abandon()
+            raise
         finally:
             signals.restore()
             if metrics is not None:
@@ -165,6 +169,8 @@ class Trainer:
 
     def _save_if_due(self, asked: Asked) -> bool:
         """Save when the schedule, the end of the run or a signal asks for it; True means stop now."""
+        if asked.failed:
+            self.saver.wait()
         every = self.config.checkpoint.every
         if asked.save or self.step == self.total_steps or (every is not None and self.step % every == 0):
             self.save()
@@ -185,6 +191,7 @@ class Trainer:
             row["valid_loss"] = self.evaluate(self.validation)
         worst = torch.tensor([step_s, data_wait_s, peak_memory_gib(self.device)], dtype=torch.float64)
         worst = self.mesh.world.all_reduce(worst.to(self.device), "max")
+        row["save_wait_s"], self.save_wait_s = self.save_wait_s, 0.0
         row["step_s"], row["data_wait_s"], row["mem_gib"] = worst.tolist()
         row["tokens_per_s"] = seq_len * samples / row["step_s"]
         flops = flops_per_token(self.config.model, self.parameters, seq_len) * row["tokens_per_s"]

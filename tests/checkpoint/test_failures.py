@@ -55,8 +55,9 @@ def break_rank(kind: str) -> None:
         "old ones": (native, "drop_old"),
         "tokenizer": (native.shutil, "copytree"),  # type: ignore[attr-defined]
         "defect": (native, "write_text"),
+        "part": (native, "global_part"),
     }[kind]
-    setattr(target, name, defect if kind == "defect" else full_disk)
+    setattr(target, name, defect if kind in ("defect", "part") else full_disk)
 
 
 def save_on(rank: int, world: int, folder: str, broken_rank: int, kind: str) -> tuple[str, str, bool, float]:
@@ -90,10 +91,11 @@ def test_what_fails_on_one_rank_fails_on_all_with_the_same_words(kind: str, rank
     assert not list((run / "checkpoints").glob(".step_*"))
 
 
-def test_a_defect_keeps_its_traceback_and_stops_the_other_ranks(run: Path) -> None:
+@pytest.mark.parametrize(("kind", "rank"), [("defect", 0), ("part", 1)])
+def test_a_defect_keeps_its_traceback_and_stops_the_other_ranks(kind: str, rank: int, run: Path) -> None:
     with pytest.raises(RankError, match="a defect") as caught:
-        run_ranks(save_on, 2, str(run), 0, "defect", timeout_s=30)
-    assert "rank 0:" in str(caught.value)
+        run_ranks(save_on, 2, str(run), rank, kind, timeout_s=30)
+    assert f"rank {rank}:" in str(caught.value)
     assert "KeyError" in str(caught.value)
 
 

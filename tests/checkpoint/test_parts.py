@@ -58,7 +58,7 @@ def parts(mesh: Mesh, flat: bool, *, empty: bool) -> tuple[dict[str, Any], torch
 def save(rank: int, world: int, tp: int, flat: bool, folder: str) -> None:
     mesh = create_mesh(tp=tp)
     tensors: Tensors = parts(mesh, flat, empty=False)[0]
-    native.write_tensors(Path(folder) / "tensors", tensors, mesh)
+    native.write_parts(Path(folder) / "tensors", {k: global_part(p, mesh) for k, p in tensors.items()}, mesh.world)
 
 
 def load(rank: int, world: int, tp: int, flat: bool, folder: str) -> bool:
@@ -100,7 +100,7 @@ def save_with_a_hole(rank: int, world: int, folder: str) -> str:
     end = 6 if rank == 0 else 13
     part = (torch.zeros(end - 7 * rank), replicated((13,)), (7 * rank, end))  # element 6 is nobody's
     try:
-        native.write_tensors(Path(folder) / "tensors", {"norm": part}, mesh)
+        native.write_parts(Path(folder) / "tensors", {"norm": global_part(part, mesh)}, mesh.world)
     except BaseException as error:  # CheckpointException is one
         return str(error)
     return "no error"
