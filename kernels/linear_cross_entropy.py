@@ -50,14 +50,18 @@ def linear_cross_entropy(
     vocab_start: int = 0,
     combine: Combine | None = None,
     chunk_tokens: int | None = None,
+    return_token_losses: bool = False,
     impl: str = "auto",
-) -> torch.Tensor:
+) -> Any:
     """Cross entropy of logits = x (T, M) · weight (V, M)ᵀ with targets (T,); options as `cross_entropy`.
 
     Vocabulary-parallel: `weight` holds the rows from `vocab_start` on and `combine` turns a chunk's statistics into those
     of the whole vocabulary (the collective is the caller's); the gradient of x is then this shard's part of the sum, and
     label smoothing is not offered. `reduction="none"` recomputes the logits in the backward pass, as the upstream
-    gradients are not known before. `chunk_tokens` rows of logits exist at a time (default: about 96 MB of them)."""
+    gradients are not known before. `chunk_tokens` rows of logits exist at a time (default: about 96 MB of them).
+
+    Returns the loss; with `return_token_losses` (loss, what was reduced to it: (T,) in fp32 or wider, 0 where ignored,
+    without gradients), at no further product."""
     _checks.floating("linear_cross_entropy", x=x, weight=weight)
     _checks.same_dtype("linear_cross_entropy", x=x, weight=weight)
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
@@ -84,8 +88,8 @@ def linear_cross_entropy(
     options: dict[str, Any] = {"reduction": reduction, "combine": combine}
     options["settings"] = _Settings(chunk, z_loss, label_smoothing, softcap, vocab_start)
     chosen = choose("linear_cross_entropy", impl, x.device, x, weight, targets, **options)
-    loss: torch.Tensor = chosen.run(x, weight, targets, **options)
-    return loss
+    loss, token_losses = chosen.run(x, weight, targets, **options)
+    return (loss, token_losses.detach()) if return_token_losses else loss
 
 
 class _Settings(NamedTuple):
@@ -111,11 +115,12 @@ def _run_reference(
     reduction: str,
     settings: _Settings,
     combine: None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     wide, (_, z_loss, smoothing, softcap, _) = statistics_type(x), settings
     logits = x.to(wide) @ weight.to(wide).t()
     options: dict[str, Any] = {"z_loss": z_loss, "label_smoothing": smoothing, "softcap": softcap}
-    return _reference.cross_entropy(logits, targets, reduction=reduction, **options)
+    token_losses = _reference.cross_entropy(logits, targets, reduction="none", **options)
+    return _reference.reduced(token_losses, targets != IGNORE, reduction), token_losses
 
 
 def _chunked(
@@ -127,17 +132,23 @@ def _chunked(
     reduction: str,
     settings: _Settings,
     combine: Combine | None = None,
-) -> torch.Tensor:
-    """`halves` names the implementation of the loss and its gradient over a chunk of logits."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, token losses). `halves` names the implementation of the loss and its gradient over a chunk of logits."""
     if combine is not None:
-        loss = _Parallel.apply(x, weight, targets, halves, settings, combine, reduction != "none")
-        return loss if reduction == "none" else _reference.reduced(loss, targets != IGNORE, reduction)
+        loss, token_losses = _Parallel.apply(x, weight, targets, halves, settings, combine, reduction != "none")
+        return _shared_out(loss, targets, reduction), token_losses
     ops = ops_of(x) if halves == "triton" else torch.ops.opencoder
     needed = torch.is_grad_enabled() and x.requires_grad, torch.is_grad_enabled() and weight.requires_grad
     if reduction == "none" or not any(needed):
-        loss = call(ops, "linear_ce", x, weight, targets, halves, *settings[:4])[0]
+        loss = token_losses = call(ops, "linear_ce", x, weight, targets, halves, *settings[:4])[0]
     else:
-        loss = call(ops, "linear_ce_with_gradients", x, weight, targets, halves, *settings[:4], *needed)[0]
+        found = call(ops, "linear_ce_with_gradients", x, weight, targets, halves, *settings[:4], *needed)
+        loss, token_losses = found[0], found[3]
+    return _shared_out(loss, targets, reduction), token_losses
+
+
+def _shared_out(loss: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+    """Token losses, or their sum already, to what `reduction` asks for."""
     return loss if reduction == "none" else _reference.reduced(loss, targets != IGNORE, reduction)
 
 
@@ -274,7 +285,7 @@ def _recompute(
 
 
 class _Parallel(torch.autograd.Function):
-    """Token losses (T,), or with `at_once` their sum, 0-dim."""
+    """Token losses (T,), or with `at_once` their sum, 0-dim; and the token losses, without gradients."""
 
     @staticmethod
     def forward(
@@ -286,20 +297,22 @@ class _Parallel(torch.autograd.Function):
         settings: _Settings,
         combine: Combine,
         at_once: bool,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.halves, ctx.at_once = _Halves(name, settings, combine), at_once
         need_x, need_weight = ctx.needs_input_grad[:2]
         if at_once and (need_x or need_weight):
             loss, ctx.dx, ctx.dw = _sweep(x, weight, targets, ctx.halves, need_x, need_weight)
             ctx.kind, ctx.used = weight.dtype, False
-            return loss.sum()
-        loss, lse = _losses(x, weight, targets, ctx.halves)
-        ctx.save_for_backward(x, weight, targets, lse)
-        return loss.sum() if at_once else loss
+        else:
+            loss, lse = _losses(x, weight, targets, ctx.halves)
+            ctx.save_for_backward(x, weight, targets, lse)
+        token_losses = loss if at_once else loss.clone()  # not the tensor that has a gradient
+        ctx.mark_non_differentiable(token_losses)
+        return loss.sum() if at_once else loss, token_losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
         rest = (None,) * 5
         if not ctx.at_once:
             x, weight, targets, lse = ctx.saved_tensors
@@ -343,7 +356,7 @@ def _linear_ce_with_gradients(
 ) -> Any:
     *settings, need_x, need_weight = rest
     loss, dx, dw = _sweep(x, weight, targets, _Halves(halves, _Settings(*settings)), need_x, need_weight)
-    return loss.sum(), *_placeholders(x, weight, dx, dw)
+    return loss.sum(), *_placeholders(x, weight, dx, dw), loss
 
 
 def _placeholders(
@@ -381,7 +394,7 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, _, *ctx.options = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or zeros of dW's size would be made up
-    ctx.save_for_backward(x, weight, *output[1:])
+    ctx.save_for_backward(x, weight, *output[1:3])
 
 
 def _scale_kept(ops: Any, ctx: Any, dloss: torch.Tensor, *others: Any) -> Any:
@@ -407,8 +420,13 @@ define(
     refuse_backward=True,
 )
 define(
-    f"linear_ce_with_gradients({_INPUTS}, {_OPTIONS}, bool need_x, bool need_weight) -> (Tensor loss, Tensor, Tensor)",
-    fake=lambda x, weight, *rest: (x.new_empty((), dtype=statistics_type(x)), *_fake_gradients(x, weight, *rest[-2:])),
+    f"linear_ce_with_gradients({_INPUTS}, {_OPTIONS}, bool need_x, bool need_weight) "
+    "-> (Tensor loss, Tensor, Tensor, Tensor token_losses)",
+    fake=lambda x, weight, *rest: (
+        x.new_empty((), dtype=statistics_type(x)),
+        *_fake_gradients(x, weight, *rest[-2:]),
+        x.new_empty(x.shape[:1], dtype=statistics_type(x)),
+    ),
     python=_linear_ce_with_gradients,
     setup=_keep,
     backward=_scale_kept,

@@ -31,13 +31,15 @@ def adamw_step(
     eps: float,
     weight_decay: float,
     clip_coef: float | torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> None:
     """One AdamW update in place, `step` counted from 1; gradients are multiplied by `clip_coef` on the way, not changed.
 
     The state is fp32 (fp64 for fp64 parameters). 16-bit parameters need fp32 `masters`: those are updated, and the
     parameters are set to them, rounded. Gradients have their parameter's type or the state's. `clip_coef` may be a 0-dim
-    tensor, so that a GPU need not be waited for. Source: arXiv:1711.05101."""
+    tensor, so that a GPU need not be waited for; so is `skip`, a boolean: where it is true nothing is changed, whatever the
+    gradients hold. Source: arXiv:1711.05101."""
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     _check_lists(lists | ({} if masters is None else {"masters": masters}))
     if step < 1:
@@ -47,6 +49,11 @@ def adamw_step(
         raise ValueError(f"adamw_step: betas={betas}; allowed: [0, 1)")
     if isinstance(clip_coef, torch.Tensor) and clip_coef.numel() != 1:
         raise ValueError(f"adamw_step: clip_coef must be a number or 0-dim, got {tuple(clip_coef.shape)}")
+    if skip is not None and (skip.numel() != 1 or skip.dtype != torch.bool or skip.device != _device(params, skip)):
+        raise ValueError(
+            f"adamw_step: skip must be one boolean on the device of the parameters, got {skip.dtype} {tuple(skip.shape)} "
+            f"on {skip.device}"
+        )
     if not params:
         return
     arguments = (params, grads, exp_avgs, exp_avg_sqs, masters)
@@ -57,6 +64,7 @@ def adamw_step(
         "eps": eps,
         "weight_decay": weight_decay,
         "clip_coef": clip_coef,
+        "skip": skip,
     }
     choose("adamw_step", impl, params[0].device, *arguments, **options).run(*arguments, **options)
 
@@ -69,6 +77,10 @@ def grad_norm(tensors: Tensors, *, impl: str = "auto") -> torch.Tensor:
     _checks.floating("grad_norm", **{f"tensors[{i}]": t for i, t in enumerate(tensors)})
     norm: torch.Tensor = choose("grad_norm", impl, tensors[0].device, tensors).run(tensors)
     return norm
+
+
+def _device(params: Tensors, otherwise: torch.Tensor) -> torch.device:
+    return params[0].device if params else otherwise.device
 
 
 def _check_lists(lists: dict[str, Tensors]) -> None:
@@ -107,12 +119,17 @@ def _adamw(
     eps: float,
     weight_decay: float,
     clip_coef: float | torch.Tensor | None,
+    skip: torch.Tensor | None,
 ) -> None:
-    if isinstance(clip_coef, torch.Tensor):
-        clip = clip_coef.to(torch.float64)
-    else:
-        clip = params[0].new_full((), 1.0 if clip_coef is None else clip_coef, dtype=torch.float64)
+    with_cpp = ops is torch.ops.opencoder and params[0].device.type == "cpu"
+    if with_cpp and skip is not None and skip:  # on a CPU, looking at it costs nothing
+        return
+    control = params[0].new_zeros(2, dtype=torch.float64)
+    control[0] = 1.0 if clip_coef is None else clip_coef
+    if skip is not None:
+        control[1] = skip
     grads = [g.contiguous() for g in grads]
+    clip = control[0] if with_cpp else control
     ops.adamw_step_(params, grads, exp_avgs, exp_avg_sqs, masters or [], clip, lr, *betas, eps, weight_decay, step)
 
 
@@ -143,12 +160,14 @@ def _torch_adamw(
     eps: float,
     weight_decay: float,
     clip_coef: None,
+    skip: torch.Tensor | None,
 ) -> None:
-    # The operator counts the step itself, in tensors.
+    # The operator counts the step itself, in tensors. What it calls infinite is what a gradient scaler found.
     steps = [torch.tensor(float(step), device=p.device) for p in params]
     torch._fused_adamw_(
         list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), [], steps,
         lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+        found_inf=None if skip is None else skip.float(),
     )  # fmt: skip
 
 
@@ -172,6 +191,7 @@ register("grad_norm", "reference")(_reference.grad_norm)
 register_both("adamw_step", _adamw)
 register_both("grad_norm", _grad_norm)
 
+# `clip`: in C++ the factor, in Triton that and a number that is not 0 where the step is to be skipped.
 define(
     "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] masters, Tensor clip, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()",

@@ -1,4 +1,4 @@
-"""The configuration tree: what can be set, what it means, and every rule between fields.
+"""The configuration tree: what can be set and what it means. The rules between fields stand in config_rules.py.
 
 `load_config(file, overrides)` reads YAML, applies dotted overrides (`optim.lr=1e-4`) and checks types;
 `validate(config, world_size)` checks what fields ask of each other. A part of the program
@@ -12,8 +12,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from .config_loading import Branch, parse_tree, read_tree
+from .config_rules import data_parallel_size, divisors, validate
 from .corpus_config import CorpusConfig
-from .errors import ConfigError
+
+__all__ = ["PRESETS", "Config", "data_parallel_size", "divisors", "load_config", "load_corpus_config", "validate"]
 
 VOCAB_MULTIPLE = 128
 """`padded_vocab_size` defaults to the next multiple of this: the same number at any tensor-parallel size."""
@@ -69,6 +71,9 @@ class ModelConfig(Branch):
     """Use the embedding matrix as the output matrix too."""
     max_seq_len: int = Field(4096, ge=1)
     """Longest sequence the model is meant for (exported as max_position_embeddings)."""
+    init: Literal["normal", "depth_scaled"] = "normal"
+    """depth_scaled: the matrices that write into the residual stream (o_proj, down_proj) start smaller by √(2·layers) (not available
+    yet)."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the normal initialisation of every matrix."""
     head: HeadConfig = HeadConfig()
@@ -104,6 +109,11 @@ class ParallelConfig(Branch):
     """Context parallel size."""
     sequence_parallel: bool = False
     """Split the sequence between the tensor-parallel regions."""
+    context_attention: Literal["ring", "ulysses"] = "ring"
+    """How attention reaches the other parts of a sequence under cp: keys and values travel round a ring, or tokens are exchanged for
+    heads (not available yet)."""
+    overlap: bool | None = None
+    """Overlap communication with the products of the backward pass; None: where the schedule allows it (not available yet)."""
     virtual_stages: int = Field(1, ge=1)
     """Model chunks per pipeline rank."""
     schedule: Literal["1f1b", "interleaved", "zb", "zbv"] = "1f1b"
@@ -123,6 +133,30 @@ class BlendEntry(Branch):
     """Share of the samples, relative to the other entries."""
 
 
+class DataStage(Branch):
+    """What changes at a given step of the run; None: as before."""
+
+    from_step: int = Field(ge=0)
+    """First optimizer update of the stage, from 0."""
+    blend: list[BlendEntry] | None = None
+    seq_len: int | None = Field(None, ge=1)
+    global_batch_size: int | None = Field(None, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1)
+
+
+class FimConfig(Branch):
+    """Fill-in-the-middle at load, on the pieces of documents within a sample, at token borders, keeping their length."""
+
+    rate: float = Field(0.5, ge=0, le=1)
+    """Share of the pieces that are turned."""
+    spm_rate: float = Field(0.5, ge=0, le=1)
+    """Share of those that are written suffix first."""
+    min_tokens: int = Field(16, ge=4)
+    """Shorter pieces are left alone."""
+    ids: tuple[int, int, int] | None = None
+    """Prefix, middle and suffix sentinel; None: those of data.tokenizer."""
+
+
 class DataConfig(Branch):
     """What the model reads."""
 
@@ -137,12 +171,45 @@ class DataConfig(Branch):
     seed: int = 1234
     document_mask: bool = False
     """Attention stays within a document, and positions restart with each."""
-    fim: dict[str, Any] | None = None
+    fim: FimConfig | None = None
     """Fill-in-the-middle at load (not available yet; `preprocess --fim-rate` does it beforehand)."""
-    stages: list[dict[str, Any]] = []
+    stages: list[DataStage] = []
     """Changes of blend, seq_len or batch size at given steps (not available yet)."""
+    cache_dir: str | None = None
+    """Folder for sample indices, shared by all ranks and runs (not available yet)."""
     workers: int = Field(0, ge=0)
     """Loader processes per rank; 0 reads in the training process."""
+
+
+class RecomputeConfig(Branch):
+    """Which modules of which layers are run again in the backward pass, their inputs alone being kept. A name alone stands for
+    that module in all layers, `none` for no module."""
+
+    modules: list[Literal["full", "attention", "mlp", "norm"]] = []
+    layers: list[int] | int | None = None
+    """Numbers of the layers, from 0; or how many, from the first; None: all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, given: Any) -> Any:
+        return {"modules": [] if given == "none" else [given]} if isinstance(given, str) else given
+
+    def __str__(self) -> str:
+        where = "" if self.layers is None else f" of layers {self.layers}"
+        return ("+".join(self.modules) or "none") + where
+
+
+class SkipConfig(Branch):
+    """Updates that are left out because loss or gradient norm is not finite or far off."""
+
+    sigma: float = Field(6.0, gt=0)
+    """Standard deviations above the mean of the window."""
+    window: int = Field(128, ge=2)
+    """Steps looked back."""
+    stop_after: int = Field(5, ge=1)
+    """Steps skipped in a row that end the run, or rewind it."""
+    on_stop: Literal["stop", "rewind"] = "stop"
+    """rewind: go back to the newest checkpoint from before them and leave their batches out."""
 
 
 class TrainConfig(Branch):
@@ -159,8 +226,17 @@ class TrainConfig(Branch):
     precision: Literal["fp64", "fp32", "bf16"] = "fp32"
     """Type of weights and activations; bf16 keeps fp32 master weights in the optimizer."""
     seed: int = 1234
-    recompute: Literal["none", "full"] = "none"
-    """full: keep only the input of each layer for backward and work out the rest again."""
+    recompute: RecomputeConfig = RecomputeConfig()
+    """none; or full: keep only the input of each layer for backward and work out the rest again. attention, mlp, norm, or
+    {modules: […], layers: […]} for some of them: not available yet."""
+    z_loss: float = Field(0.0, ge=0)
+    """Weight of the squared log-sum-exp of the logits beside the loss (not available yet)."""
+    skip: SkipConfig | None = None
+    """Leave out updates that would do harm; None: a loss or norm that is not finite ends the run (not available yet)."""
+    timeout_s: float = Field(600.0, gt=0)
+    """Seconds after which a collective is taken for one that hangs (another value: not available yet)."""
+    memory_check: Literal["warn", "refuse"] = "warn"
+    """When the estimate exceeds the free memory (refuse: not available yet)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
     """Ask torch for deterministic algorithms and fail where there is none."""
@@ -177,6 +253,17 @@ class TrainConfig(Branch):
             return self.steps
         assert self.samples is not None
         return self.samples // self.global_batch_size
+
+
+class ParameterGroup(Branch):
+    """Parameters that are updated with settings of their own."""
+
+    match: str
+    """Pattern over checkpoint keys, with * and ?; the first group that matches counts."""
+    lr_scale: float = Field(1.0, ge=0)
+    """Times the schedule's rate."""
+    weight_decay: float | None = Field(None, ge=0)
+    """None: optim.weight_decay, or 0 for norms and biases."""
 
 
 class OptimConfig(Branch):
@@ -201,6 +288,8 @@ class OptimConfig(Branch):
     decay_steps: int = Field(0, ge=0)
     """wsd: length of the tail at the end of the run. cosine: always up to the end of the run."""
     decay_shape: Literal["exponential", "exponential_megatron", "linear", "cosine", "minus_sqrt"] = "exponential"
+    groups: list[ParameterGroup] = []
+    """Settings for some of the parameters (not available yet)."""
 
 
 class CheckpointConfig(Branch):
@@ -210,12 +299,19 @@ class CheckpointConfig(Branch):
     """Steps between checkpoints; one is always saved after the last step."""
     keep: int | None = Field(None, ge=1)
     """Newest checkpoints kept; None: all."""
+    keep_every: int | None = Field(None, ge=1)
+    """Checkpoints of steps divisible by this are never dropped."""
     async_save: bool = False
     """Save in the background: training waits for a copy in host memory (as large as a rank's share), not for the disk."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in run_dir if there is one."""
     load: str | None = None
     """Checkpoint, run or Hugging Face folder to take the initial weights from (weights only)."""
+    fork: str | None = None
+    """Checkpoint or run folder to go on from in a new run_dir: weights, optimizer state and position, with this configuration's
+    schedule (not available yet)."""
+    seed: bool = False
+    """Write the checkpoint of step 0, from which any layout starts, and end (not available yet)."""
 
 
 class LogConfig(Branch):
@@ -252,110 +348,3 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 def load_corpus_config(path: str | Path | None = None, overrides: list[str] | None = None) -> CorpusConfig:
     """The configuration of `build-corpus`; without a file, the defaults with overrides applied. Raises ConfigError."""
     return parse_tree(CorpusConfig, read_tree(path, overrides or []))
-
-
-def divisors(n: int) -> list[int]:
-    """All divisors of n, ascending."""
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def data_parallel_size(config: Config, world_size: int) -> int:
-    """dp = world_size / (tp·pp·cp); ConfigError if that is not whole."""
-    p = config.parallel
-    per_replica = p.tp * p.pp * p.cp
-    if world_size % per_replica:
-        raise ConfigError(
-            f"world size {world_size} is not a multiple of tp·pp·cp = {p.tp}·{p.pp}·{p.cp} = {per_replica}: "
-            f"start a multiple of {per_replica} processes or change parallel.tp, pp, cp"
-        )
-    return world_size // per_replica
-
-
-def validate(config: Config, world_size: int) -> None:
-    """Every rule between fields, for a job of `world_size` processes. Raises ConfigError (value, limit, remedy)."""
-    _check_available(config)
-    _check_model(config)
-    _check_batches(config, data_parallel_size(config, world_size))
-    _check_schedule(config)
-
-
-def _check_available(config: Config) -> None:
-    """Refuse what the tree can say but this version cannot do, so that no key is silently without effect."""
-    p, d = config.parallel, config.data
-    missing = {
-        f"parallel.pp={p.pp}": p.pp > 1,
-        f"parallel.cp={p.cp}": p.cp > 1,
-        "parallel.sequence_parallel=true": p.sequence_parallel,
-        f"parallel.virtual_stages={p.virtual_stages}": p.virtual_stages > 1,
-        f"parallel.schedule={p.schedule}": p.schedule != "1f1b",
-        "parallel.layout": p.layout is not None,
-        "parallel.sharded_optimizer=true": p.sharded_optimizer,
-        f"model.head.kind={config.model.head.kind}": config.model.head.kind != "vocab",
-        f"data.kind={d.kind}": d.kind != "lm",
-        "data.fim": d.fim is not None,
-        "data.stages": bool(d.stages),
-        f"optim.name={config.optim.name}": config.optim.name == "lars",
-        f"optim.schedule={config.optim.schedule}": config.optim.schedule == "fccs",
-    }
-    for key, asked in missing.items():
-        if asked:
-            raise ConfigError(f"{key} is not available in this version: remove the key or set it to its default")
-
-
-def _check_model(config: Config) -> None:
-    m, tp = config.model, config.parallel.tp
-    if m.heads % m.kv_heads:
-        raise ConfigError(f"model.kv_heads={m.kv_heads} must divide model.heads={m.heads}: one of {divisors(m.heads)}")
-    if m.head_dim % 2:
-        raise ConfigError(f"model.head_dim={m.head_dim} must be even: rotary embedding turns pairs")
-    for name in ("heads", "kv_heads", "ffn_size", "padded_vocab_size"):
-        size = getattr(m, name)
-        if size % tp:
-            allowed = [d for d in divisors(size) if d <= 64]
-            raise ConfigError(
-                f"model.{name}={size} cannot be split over parallel.tp={tp}: set parallel.tp to one of {allowed}"
-            )
-    if m.padded_vocab_size < m.vocab_size:
-        raise ConfigError(
-            f"model.padded_vocab_size={m.padded_vocab_size} is less than model.vocab_size={m.vocab_size}: "
-            "raise it or leave it out"
-        )
-    if config.data.seq_len > m.max_seq_len:
-        raise ConfigError(
-            f"data.seq_len={config.data.seq_len} is longer than model.max_seq_len={m.max_seq_len}: "
-            "shorten data.seq_len or raise model.max_seq_len"
-        )
-
-
-def _check_batches(config: Config, dp: int) -> None:
-    t = config.train
-    if t.global_batch_size % (t.micro_batch_size * dp):
-        raise ConfigError(
-            f"train.global_batch_size={t.global_batch_size} is not a multiple of micro_batch_size·dp = "
-            f"{t.micro_batch_size}·{dp} = {t.micro_batch_size * dp}: set it to a multiple of that"
-        )
-    if (t.steps is None) == (t.samples is None):
-        raise ConfigError("set exactly one of train.steps and train.samples")
-    if t.samples is not None and t.samples % t.global_batch_size:
-        raise ConfigError(
-            f"train.samples={t.samples} is not a multiple of train.global_batch_size={t.global_batch_size}"
-        )
-    if t.device == "cuda" and t.precision == "fp64":
-        raise ConfigError("train.precision=fp64 is for CPU parity runs: set train.device=cpu")
-
-
-def _check_schedule(config: Config) -> None:
-    o, steps = config.optim, config.train.total_steps()
-    if o.schedule == "wsd" and o.warmup_steps + o.decay_steps > steps:
-        raise ConfigError(
-            f"optim.warmup_steps={o.warmup_steps} + optim.decay_steps={o.decay_steps} exceed the run's {steps} steps: "
-            "shorten one of them or lengthen the run"
-        )
-    if o.warmup_steps >= steps and o.warmup_steps > 0:
-        raise ConfigError(f"optim.warmup_steps={o.warmup_steps} must be less than the run's {steps} steps")
-    if o.min_lr > o.lr:
-        raise ConfigError(f"optim.min_lr={o.min_lr} is above optim.lr={o.lr}: lower it")
-    if o.schedule == "wsd" and o.decay_steps and o.decay_shape == "exponential" and o.min_lr == 0:
-        raise ConfigError(
-            "optim.decay_shape=exponential needs optim.min_lr > 0: lr = peak·(min/peak)^r never reaches 0"
-        )

@@ -1,6 +1,7 @@
 """Ranks for parallel tests: gloo processes forked from a server that has torch loaded already (0.1 s, not 4–11 s).
 
     results = run_ranks(work, 2, argument)  # work(rank, world_size, argument) in each process; a module-level function
+    results = run_cases(work, 2, {"a": (1,), "b": (2,)})  # work(rank, world_size, 1), then …2, in the same processes
 
 A rank that raises makes `run_ranks` raise with its traceback; ranks that hang are killed after `timeout_s`."""
 
@@ -13,7 +14,7 @@ import queue
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -42,6 +43,28 @@ def run_ranks(work: Callable[..., Any], world_size: int, *args: Any, timeout_s: 
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def run_cases(
+    work: Callable[..., Any], world_size: int, cases: Mapping[str, tuple[Any, ...]], *, timeout_s: float = 120
+) -> dict[str, list[Any]]:
+    """`{name: [work(rank, world_size, *arguments) for each rank]}`, all cases one after another in one set of processes.
+
+    The first that fails ends all, and the error says which it was: the ranks may no longer be in step. `timeout_s` is for
+    all of them together."""
+    per_rank = run_ranks(_in_turn, world_size, work, dict(cases), timeout_s=timeout_s)
+    return {name: [found[name] for found in per_rank] for name in cases}
+
+
+def _in_turn(rank: int, world_size: int, work: Callable[..., Any], cases: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    found = {}
+    for name, arguments in cases.items():
+        try:
+            found[name] = work(rank, world_size, *arguments)
+        except BaseException as error:
+            error.add_note(f"in case {name!r}")
+            raise
+    return found
 
 
 def _collect(results: Any, processes: list[Any], deadline: float) -> list[Any]:

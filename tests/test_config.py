@@ -43,6 +43,11 @@ def test_overrides_reach_every_depth(config_file: Path) -> None:
         ("train.steps=many", "valid integer"),
         ("train.precision=fp8", "fp32"),
         ("steps", "key=value"),
+        ("train.recompute=ful", "full"),
+        ("train.recompute={modles: [mlp]}", "did you mean `modules`"),
+        ("data.fim={rate: 2}", "less than or equal to 1"),
+        ("data.stages=[{blend: []}]", "`data.stages.0.from_step` is missing"),
+        ("optim.groups=[{lr_scale: 2}]", "`optim.groups.0.match` is missing"),
         ("parallel.tp=0", "greater than or equal to 1"),
     ],
 )
@@ -67,6 +72,21 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         (["model.head_dim=33"], 1, "must be even"),
         (["parallel.pp=2"], 2, "not available"),
         (["data.kind=sft"], 1, "not available"),
+        (["parallel.context_attention=ulysses"], 1, "parallel.context_attention=ulysses is not available"),
+        (["parallel.overlap=true"], 1, "parallel.overlap is not available"),
+        (["data.fim={rate: 0.3}"], 1, "data.fim is not available"),
+        (["data.stages=[{from_step: 10, global_batch_size: 16}]"], 1, "data.stages is not available"),
+        (["data.cache_dir=c"], 1, "data.cache_dir is not available"),
+        (["model.init=depth_scaled"], 1, "model.init=depth_scaled is not available"),
+        (["train.recompute=attention"], 1, "train.recompute=attention is not available"),
+        (["train.recompute={modules: [mlp], layers: 2}"], 1, "is not available"),
+        (["train.z_loss=1e-4"], 1, "train.z_loss=0.0001 is not available"),
+        (["train.skip={sigma: 5}"], 1, "train.skip is not available"),
+        (["train.timeout_s=60"], 1, "train.timeout_s=60 is not available"),
+        (["train.memory_check=refuse"], 1, "train.memory_check=refuse is not available"),
+        (["optim.groups=[{match: '*norm*', lr_scale: 0.5}]"], 1, "optim.groups is not available"),
+        (["checkpoint.fork=r"], 1, "checkpoint.fork is not available"),
+        (["checkpoint.seed=true"], 1, "checkpoint.seed=true is not available"),
     ],
 )
 def test_rules_between_fields(config_file: Path, overrides: list[str], world_size: int, says: str) -> None:
@@ -76,6 +96,15 @@ def test_rules_between_fields(config_file: Path, overrides: list[str], world_siz
 def test_preset_fills_and_explicit_keys_win(config_file: Path) -> None:
     model = load_config(config_file, ["model.preset=opencoder-8b", "model.layers=2"]).model
     assert (model.layers, model.hidden_size, model.kv_heads, model.rope_theta) == (2, 4096, 8, 5e5)
+
+
+def test_recompute_is_a_name_or_a_branch(config_file: Path) -> None:
+    says = {
+        text: str(load_config(config_file, [f"train.recompute={text}"]).train.recompute)
+        for text in ("none", "full", "{modules: [mlp, norm], layers: 2}")
+    }
+    assert list(says.values()) == ["none", "full", "mlp+norm of layers 2"]
+    assert str(load_config(config_file).train.recompute) == "none"
 
 
 def test_padded_vocabulary_is_explicit_and_free_of_tp(config_file: Path) -> None:

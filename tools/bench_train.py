@@ -163,11 +163,11 @@ def _ours(config: Any, ids: Any) -> tuple[Callable[[], float], int]:
     from opencoder.config import OptimConfig
     from opencoder.model.decoder import named_parameters
     from opencoder.model.initialise import build_model
-    from opencoder.optim.optimizer import Optimizer
+    from opencoder.optim.optimizer import ReplicatedOptimizer
     from opencoder.parallel.mesh import Mesh
 
     model = build_model(config, Mesh(), dtype=torch.float32, device=torch.device("cpu"), seed=0)
-    optimizer = Optimizer(named_parameters(model), OptimConfig(clip_norm=1.0), Mesh())
+    optimizer = ReplicatedOptimizer(named_parameters(model), OptimConfig(clip_norm=1.0), Mesh())
     tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def step() -> float:
@@ -175,8 +175,9 @@ def _ours(config: Any, ids: Any) -> tuple[Callable[[], float], int]:
         loss, _ = model.loss(tokens, labels)
         (loss / count).backward()
         optimizer.fold_gradients()
-        optimizer.step(lr=3e-4, grad_norm=optimizer.reduce_gradients())
-        return loss.item() / count
+        optimizer.finish_reduction()
+        optimizer.step(lr=3e-4)
+        return float(loss.detach() / count)
 
     return step, sum(p.numel() for p in model.parameters())
 

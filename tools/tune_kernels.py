@@ -200,9 +200,9 @@ def workload(task: Task) -> Callable[[], Any]:
         if task.kernel == "squares":
             return partial(optimizer.square_sum, params)
         first, second, masters = ([p.float() for p in params] for _ in range(3))
-        clip = torch.ones((), dtype=torch.float64, device="cuda")
+        control = torch.tensor([1.0, 0.0], dtype=torch.float64, device="cuda")
         numbers = (1e-4, 0.9, 0.95, 1e-8, 0.1, 10)
-        return partial(optimizer.adamw_step, params, params, first, second, masters, clip, *numbers)
+        return partial(optimizer.adamw_step, params, params, first, second, masters, control, *numbers)
     q, k, v, dout = (draw(2, 8192, 16, task.size) for _ in range(4))
     rest = (None, None, 0, True, -1, -1, 0.0, task.size**-0.5)
     if task.kernel == "attention forward":

@@ -21,8 +21,11 @@ def adamw_step(
     eps: float,
     weight_decay: float,
     clip_coef: Any,
+    skip: torch.Tensor | None,
 ) -> None:
-    """p ← p·(1 − lr·wd) − lr/(1 − b1ᵗ) · m / (√(v/(1 − b2ᵗ)) + eps) in the state's type; then the 16-bit copy."""
+    """p ← p·(1 − lr·wd) − lr/(1 − b1ᵗ) · m / (√(v/(1 − b2ᵗ)) + eps) in the state's type; then the 16-bit copy. Not if `skip`."""
+    if skip is not None and skip:
+        return
     beta1, beta2 = betas
     for i, param in enumerate(params):
         p, m, v = (param if masters is None else masters[i]), exp_avgs[i], exp_avg_sqs[i]

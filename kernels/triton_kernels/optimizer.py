@@ -64,14 +64,15 @@ def _update(
 @triton.jit
 def adamw_kernel(
     params_ptr, grads_ptr, exp_avgs_ptr, exp_avg_sqs_ptr, masters_ptr, sizes_ptr, chunk_tensor_ptr, chunk_index_ptr,
-    clip_ptr, settings_ptr,
+    control_ptr, settings_ptr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, REAL: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + program)
     begin = tl.load(chunk_index_ptr + program).to(tl.int64) * CHUNK
-    size = tl.load(sizes_ptr + tensor)
+    # A step that is to be skipped has no elements: nothing is read or written.
+    size = tl.where(tl.load(control_ptr + 1) != 0.0, 0, tl.load(sizes_ptr + tensor))
     param = _pointer(params_ptr, tensor, PARAM, ALIGNED)
     grad = _pointer(grads_ptr, tensor, GRAD, ALIGNED)
     exp_avg = _pointer(exp_avgs_ptr, tensor, REAL, ALIGNED)
@@ -79,7 +80,7 @@ def adamw_kernel(
     master = param
     if HAS_MASTER:
         master = _pointer(masters_ptr, tensor, REAL, ALIGNED)
-    clip = tl.load(clip_ptr).to(REAL)
+    clip = tl.load(control_ptr).to(REAL)
     beta1, beta2 = tl.load(settings_ptr).to(REAL), tl.load(settings_ptr + 1).to(REAL)
     eps, decay = tl.load(settings_ptr + 2).to(REAL), tl.load(settings_ptr + 3).to(REAL)
     step_size, inverse_root = tl.load(settings_ptr + 4).to(REAL), tl.load(settings_ptr + 5).to(REAL)
@@ -142,10 +143,10 @@ class _Table:
 
 def adamw_step(
     params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], exp_avgs: Sequence[torch.Tensor],
-    exp_avg_sqs: Sequence[torch.Tensor], masters: Sequence[torch.Tensor], clip: torch.Tensor, lr: float, beta1: float,
+    exp_avg_sqs: Sequence[torch.Tensor], masters: Sequence[torch.Tensor], control: torch.Tensor, lr: float, beta1: float,
     beta2: float, eps: float, weight_decay: float, step: int,
 ) -> None:  # fmt: skip
-    """One update in place; `clip` is a 0-dim fp64 tensor on the device, `masters` may be empty."""
+    """One update in place; `control` is (clip factor, not 0 to skip the step), fp64 on the device; `masters` may be empty."""
     root = (1.0 - beta2**step) ** -0.5
     values = [beta1, beta2, eps, 1.0 - lr * weight_decay, lr / (1.0 - beta1**step), root]
     settings = torch.tensor(values, dtype=torch.float64).to(params[0].device, non_blocking=True)
@@ -159,7 +160,7 @@ def adamw_step(
         table = _Table(lists, launch.chunk)
         with on_device(params[0]):
             adamw_kernel[(table.chunks,)](
-                *table.addresses, table.sizes, table.chunk_tensor, table.chunk_index, clip, settings,
+                *table.addresses, table.sizes, table.chunk_tensor, table.chunk_index, control, settings,
                 PARAM=TYPES[kind], GRAD=TYPES[grad_kind], REAL=real_of(lists[0][0])[1], HAS_MASTER=bool(masters),
                 ALIGNED=table.aligned, CHUNK=launch.chunk, BLOCK=launch.block, **options(launch),
             )  # fmt: skip
@@ -189,7 +190,7 @@ def variants(arch: int) -> Iterator[Variant]:
     """What is compiled without a GPU."""
     tables = ("params_ptr", "grads_ptr", "exp_avgs_ptr", "exp_avg_sqs_ptr", "masters_ptr", "sizes_ptr",
               "chunk_tensor_ptr", "chunk_index_ptr")  # fmt: skip
-    signature = dict.fromkeys(tables, "*i64") | {"clip_ptr": "*fp64", "settings_ptr": "*fp64"}
+    signature = dict.fromkeys(tables, "*i64") | {"control_ptr": "*fp64", "settings_ptr": "*fp64"}
     for kind, grad, master in (
         (tl.bfloat16, tl.bfloat16, True),
         (tl.bfloat16, tl.float32, True),

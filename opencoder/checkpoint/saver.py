@@ -109,6 +109,7 @@ class Saver:
             state=state,
             tokenizer=tokenizer,
             keep=self.config.keep,
+            keep_every=self.config.keep_every,
         )
         self.say(f"saved {folder} in {time.perf_counter() - start:.1f} s")
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from opencoder import kernels as K
-from opencoder.config import ModelConfig
+from opencoder.config import ModelConfig, RecomputeConfig
 from opencoder.parallel.collectives import copy_to_group
 from opencoder.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from opencoder.parallel.mesh import Mesh
@@ -123,7 +123,12 @@ class Decoder(nn.Module):
     (`embed_tokens`, `norm`, `lm_head`) is no attribute of it."""
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh | None = None, *, recompute: str = "none", part: Part | None = None
+        self,
+        config: ModelConfig,
+        mesh: Mesh | None = None,
+        *,
+        recompute: str | RecomputeConfig = "none",
+        part: Part | None = None,
     ) -> None:
         """`part` None: the whole model. Raises ValueError for one that the model cannot be cut into."""
         super().__init__()

@@ -31,15 +31,13 @@ class VocabHead(nn.Module):
             weight = place(nn.Parameter(torch.empty(rows, width)), sharded((vocab, width), 0))
         self.weight = weight
 
-    def begin_step(self, targets_of_all_micro_batches: Iterable[torch.Tensor]) -> int:
-        """Unmasked targets of the step over all data-parallel ranks: the N that every loss of the step is divided by.
+    def begin_step(self, targets_of_all_micro_batches: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Unmasked targets of the step over all data-parallel ranks, 0-dim: the N that every loss of the step is divided by.
 
         Called by all ranks once a step, before the first micro-batch."""
         counts = [(targets != IGNORE).sum() for targets in targets_of_all_micro_batches]
         count = torch.stack(counts).sum()
-        for group in (self.mesh.dp, self.mesh.cp):
-            group.all_reduce(count)
-        return int(count)
+        return self.mesh.group(("dp", "cp")).all_reduce(count)
 
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """hidden (B, S, M), targets (B, S) → sum of token losses over this rank's samples (0-dim), statistics."""

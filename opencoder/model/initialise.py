@@ -8,7 +8,7 @@ import hashlib
 import torch
 from torch import nn
 
-from opencoder.config import ModelConfig
+from opencoder.config import ModelConfig, RecomputeConfig
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import place, placement_of
 
@@ -25,7 +25,7 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
-    recompute: str = "none",
+    recompute: str | RecomputeConfig = "none",
     part: Part | None = None,
 ) -> Decoder:
     """This rank's shards of the model, or of a `part` of it, with their initial weights."""

@@ -10,13 +10,21 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from opencoder.config import RecomputeConfig
+
 MODULES = ("full", "attention", "mlp")
 """Parts of a layer that can be run again: the whole of it, or one of its modules."""
 
 
-def modules_of(recompute: str, layer: int) -> frozenset[str]:
+def modules_of(recompute: str | RecomputeConfig, layer: int) -> frozenset[str]:
     """Which of `MODULES` layer number `layer` runs again under the setting `train.recompute`."""
-    return frozenset() if recompute == "none" else frozenset((recompute,))
+    recompute = RecomputeConfig.model_validate(recompute)
+    if unknown := set(recompute.modules) - set(MODULES):
+        raise ValueError(f"recompute={sorted(unknown)[0]}: a layer can run again {', '.join(MODULES)}")
+    chosen = recompute.layers
+    if chosen is not None and layer not in (range(chosen) if isinstance(chosen, int) else chosen):
+        return frozenset()
+    return frozenset(recompute.modules)
 
 
 def run(module: nn.Module, *args: Any, again: bool) -> Any:

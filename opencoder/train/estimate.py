@@ -81,7 +81,7 @@ def _activations(config: Config, mesh: Mesh, tokens: int, width: int) -> int:
     # per token: input, sum, output of two norms; q, k (before and after rotary), v, attention output; gate, up
     split = (3 * m.heads + 3 * m.kv_heads) * m.head_dim + 2 * m.ffn_size
     layer = tokens * width * (6 * m.hidden_size + split // tp)
-    if config.train.recompute == "full":
+    if "full" in config.train.recompute.modules:
         return config.model.layers * tokens * width * 2 * m.hidden_size + layer
     return config.model.layers * layer
 

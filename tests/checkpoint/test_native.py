@@ -15,7 +15,7 @@ from opencoder.config import Config, OptimConfig
 from opencoder.errors import DataError, Failure
 from opencoder.model.decoder import named_parameters
 from opencoder.model.initialise import build_model
-from opencoder.optim.optimizer import Optimizer
+from opencoder.optim.optimizer import ReplicatedOptimizer
 from opencoder.parallel.mesh import create_mesh
 from opencoder.parallel.placement import placement_of
 from tests.harness import RankError, run_ranks
@@ -28,7 +28,7 @@ def build(tp: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Any, 
     mesh = create_mesh(tp=tp)
     config = model_config(SMALL)
     model = build_model(config, mesh, dtype=dtype, device=torch.device("cpu"), seed=seed)
-    optimizer = Optimizer(named_parameters(model), OptimConfig(), mesh)
+    optimizer = ReplicatedOptimizer(named_parameters(model), OptimConfig(), mesh)
     weights = {k: (p, placement_of(p)) for k, p in named_parameters(model).items()}
     return mesh, model, optimizer, weights
 
@@ -38,7 +38,8 @@ def train_and_save(rank: int, world: int, tp: int, folder: str, dtype: torch.dty
     tokens, labels = batch(250, 4, 32)
     model.loss(tokens, labels)[0].div(100).backward()
     optimizer.fold_gradients()
-    optimizer.step(lr=1e-2, grad_norm=optimizer.reduce_gradients())
+    optimizer.finish_reduction()
+    optimizer.step(lr=1e-2)
     config = Config.model_validate({"run_dir": folder, "model": model.config.model_dump()})
     native.save(Path(folder), 1, {**weights, **optimizer.state_tensors()}, mesh, config=config, state=STATE)
 

@@ -98,6 +98,35 @@ def test_a_split_vocabulary_gives_the_whole_ones_loss_and_gradients(
 
 
 @each("linear_cross_entropy")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("split", [True, False])
+def test_token_losses_are_what_is_reduced(impl: str, reduction: str, trained: bool, split: bool) -> None:
+    if impl == "reference" and split:
+        pytest.skip("the reference knows whole vocabularies only; refused below")
+    x, weight = (draw(*s, seed=i).requires_grad_(trained) for i, s in enumerate([(20, 24), (60, 24)]))
+    targets = targets_for(20, 60)
+    options: dict[str, Any] = {"z_loss": 1e-2, "reduction": reduction, "chunk_tokens": 8, "impl": impl}
+    if split:  # one shard that is the whole vocabulary
+        options["combine"] = lambda highest, sum_exp, target: (highest + sum_exp.log(), target)
+    loss, tokens = K.linear_cross_entropy(x, weight, targets, return_token_losses=True, **options)
+    logits = x.detach() @ weight.detach().t()
+    truth = plain_cross_entropy(logits, targets, reduction="none", z_loss=1e-2)
+    assert tokens.shape == (20,)
+    assert (tokens[targets == -100] == 0).all()
+    assert error(tokens, truth) <= 1e-12
+    assert not tokens.requires_grad
+    alone = K.linear_cross_entropy(x, weight, targets, **options)
+    assert torch.equal(loss, alone)
+    assert loss.requires_grad == trained
+    if trained:
+        kept = tokens.clone()
+        pairs = zip(*(torch.autograd.grad(y.sum(), (x, weight)) for y in (loss, alone)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert torch.equal(tokens, kept), "the backward pass must leave them"
+
+
+@each("linear_cross_entropy")
 def test_a_frozen_input_gets_no_gradient_and_costs_no_product(impl: str) -> None:
     x, weight, targets = draw(20, 8), draw(30, 8, seed=1), targets_for(20, 30)
     both = evaluate(lambda x, w: K.linear_cross_entropy(x, w, targets, impl=impl), [x, weight])

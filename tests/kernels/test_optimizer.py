@@ -101,6 +101,44 @@ def test_a_nan_gradient_stays_where_it_is(impl: str) -> None:
     assert p.isnan().tolist() == [i == 3 for i in range(8)]
 
 
+@each("adamw_step")
+@dtypes
+def test_a_skipped_step_changes_nothing_whatever_the_gradients(impl: str, dtype: torch.dtype) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if impl == "torch" and dtype != wide:
+        pytest.skip("refused, which is looked at below")
+    params = [draw(*s, seed=i, dtype=dtype) for i, s in enumerate([(3, 5), (70, 500), (0,)])]
+    masters = [p.to(wide) * 1.001 for p in params] if dtype != wide else None
+    states = [[draw(*p.shape, seed=7 + k).abs().to(wide) for p in params] for k in range(2)]
+    tensors = [*params, *(masters or []), *states[0], *states[1]]
+    before = [t.clone() for t in tensors]
+    grads = [torch.full_like(p, torch.nan) for p in params]
+    options: dict[str, Any] = {
+        "step": 2,
+        "lr": 1e-2,
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "impl": impl,
+    }
+    if impl != "torch":
+        options["clip_coef"] = torch.tensor(torch.nan, device=DEVICE)
+    K.adamw_step(params, grads, *states, masters, skip=torch.tensor(True, device=DEVICE), **options)
+    assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
+    # And with a flag that is false the step is the usual one.
+    grads = [draw(*p.shape, seed=20 + i, dtype=dtype) for i, p in enumerate(params)]
+    options["clip_coef"] = None
+    usual = [[t.clone() for t in group] for group in (params, *states)]
+    K.adamw_step(usual[0], grads, *usual[1:], masters and [m.clone() for m in masters], **options)
+    K.adamw_step(params, grads, *states, masters, skip=torch.tensor(False, device=DEVICE), **options)
+    assert all(
+        torch.equal(a, b)
+        for ours, theirs in zip((params, *states), usual, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+    assert not torch.equal(params[1], before[1])
+
+
 ONE = [torch.ones(3)]
 
 
@@ -118,6 +156,8 @@ ONE = [torch.ones(3)]
         ((ONE, ONE, ONE, ONE), {"eps": float("nan")}, "eps=nan; it must be at least 0"),
         ((ONE, ONE, ONE, ONE), {"weight_decay": -0.1}, "weight_decay=-0.1; it must be at least 0"),
         ((ONE, ONE, ONE, ONE), {"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\); allowed: \[0, 1\)"),
+        ((ONE, ONE, ONE, ONE), {"skip": torch.ones(2).bool()}, r"skip must be one boolean .*, got torch.bool \(2,\)"),
+        ((ONE, ONE, ONE, ONE), {"skip": torch.tensor(1.0)}, r"skip must be one boolean .*, got torch.float32"),
         ((ONE, ONE, ONE, ONE), {"clip_coef": torch.ones(2)}, r"clip_coef must be a number or 0-dim, got \(2,\)"),
     ],
 )

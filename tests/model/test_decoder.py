@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opencoder.config import PRESETS
+from opencoder.config import PRESETS, RecomputeConfig
 from opencoder.model.decoder import Decoder, Documents, Part, named_parameters, parameter_count
 from opencoder.model.initialise import build_model
-from opencoder.model.recompute import MODULES
+from opencoder.model.recompute import MODULES, modules_of
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import placement_of
 
@@ -104,6 +104,19 @@ def test_what_is_recomputed_is_not_kept(recompute: str) -> None:
         kept[setting] = sum(sizes.values())
         x.sum().backward()
     assert kept[recompute] < kept["none"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "layers"),
+    [
+        ("none", ["", "", "", ""]),
+        ("mlp", ["mlp"] * 4),
+        (RecomputeConfig(modules=["mlp", "attention"], layers=1), ["attention mlp", "", "", ""]),
+        (RecomputeConfig(modules=["full"], layers=[1, 3]), ["", "full", "", "full"]),
+    ],
+)
+def test_layers_that_run_again(setting: str | RecomputeConfig, layers: list[str]) -> None:
+    assert [" ".join(sorted(modules_of(setting, i))) for i in range(4)] == layers
 
 
 @pytest.mark.parametrize("documents", [None, Documents(torch.tensor([0, 5, 16, 20, 32], dtype=torch.int32), 12)])

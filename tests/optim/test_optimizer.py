@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from opencoder.config import OptimConfig
-from opencoder.optim.optimizer import Optimizer
+from opencoder.optim.optimizer import ReplicatedOptimizer
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import place, replicated
 
@@ -33,7 +33,7 @@ def gradient_of(p: torch.Tensor, step: int) -> torch.Tensor:
 def test_equals_torch(name: str, clip_norm: float | None) -> None:
     config = OptimConfig(name=name, clip_norm=clip_norm, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.9)
     mine, theirs = parameters(torch.float64), parameters(torch.float64)
-    optimizer = Optimizer(mine, config, Mesh())
+    optimizer = ReplicatedOptimizer(mine, config, Mesh())
     matrix, norm = theirs.values()
     groups = [{"params": [matrix], "weight_decay": 0.1}, {"params": [norm], "weight_decay": 0.0}]
     peer = (
@@ -45,10 +45,10 @@ def test_equals_torch(name: str, clip_norm: float | None) -> None:
         for p in (*mine.values(), *theirs.values()):
             p.grad = gradient_of(p, step)
         total = torch.nn.utils.clip_grad_norm_([matrix, norm], clip_norm or 1e9)
-        found = optimizer.reduce_gradients()
+        found = optimizer.finish_reduction()
         assert torch.allclose(found, total, rtol=1e-12)
-        clip = optimizer.step(lr=0.01 * step, grad_norm=found)
-        assert clip == (1.0 if clip_norm is None else pytest.approx(clip_norm / (float(total) + 1e-6)))
+        clip = optimizer.step(lr=0.01 * step)
+        assert float(clip) == (1.0 if clip_norm is None else pytest.approx(clip_norm / (float(total) + 1e-6)))
         for group in peer.param_groups:
             group["lr"] = 0.01 * step
         peer.step()
@@ -62,13 +62,14 @@ def test_16_bit_parameters_follow_their_fp32_masters(name: str) -> None:
     config = OptimConfig(name=name, clip_norm=None, weight_decay=0.0)
     narrow = parameters(torch.bfloat16)
     wide = {key: place(nn.Parameter(p.detach().float()), replicated(p.shape)) for key, p in narrow.items()}
-    optimizers = [Optimizer(ps, config, Mesh()) for ps in (narrow, wide)]
+    optimizers = [ReplicatedOptimizer(ps, config, Mesh()) for ps in (narrow, wide)]
     for step in range(1, 4):
         for ps, optimizer in zip((narrow, wide), optimizers, strict=True):
             for p in ps.values():
                 p.grad = gradient_of(p, step).bfloat16().to(p.dtype)
             optimizer.fold_gradients()
-            optimizer.step(lr=1e-4, grad_norm=optimizer.reduce_gradients())
+            optimizer.finish_reduction()
+            optimizer.step(lr=1e-4)
     for key, p in narrow.items():
         assert torch.equal(optimizers[0].masters[key], wide[key])
         assert torch.equal(p, wide[key].bfloat16())
@@ -77,12 +78,13 @@ def test_16_bit_parameters_follow_their_fp32_masters(name: str) -> None:
 def test_a_restored_step_count_and_state_go_on_like_an_unbroken_run() -> None:
     config = OptimConfig(clip_norm=None)
     whole, part, rest = (parameters(torch.float64) for _ in range(3))
-    runs = [Optimizer(ps, config, Mesh()) for ps in (whole, part, rest)]
+    runs = [ReplicatedOptimizer(ps, config, Mesh()) for ps in (whole, part, rest)]
 
-    def update(ps: dict[str, nn.Parameter], optimizer: Optimizer, step: int) -> None:
+    def update(ps: dict[str, nn.Parameter], optimizer: ReplicatedOptimizer, step: int) -> None:
         for p in ps.values():
             p.grad = gradient_of(p, step)
-        optimizer.step(lr=1e-2, grad_norm=torch.zeros(()))
+        optimizer.finish_reduction()
+        optimizer.step(lr=1e-2)
 
     for step in (1, 2, 3):
         update(whole, runs[0], step)
@@ -99,4 +101,57 @@ def test_a_restored_step_count_and_state_go_on_like_an_unbroken_run() -> None:
 
 def test_a_parameter_without_a_gradient_is_a_defect() -> None:
     with pytest.raises(RuntimeError, match=r"no gradient for model.layers.0.mlp.up_proj.weight"):
-        Optimizer(parameters(torch.float32), OptimConfig(), Mesh()).reduce_gradients()
+        ReplicatedOptimizer(parameters(torch.float32), OptimConfig(), Mesh()).finish_reduction()
+
+
+def test_a_step_needs_the_reduction_before_it() -> None:
+    with pytest.raises(RuntimeError, match=r"step\(\) before finish_reduction\(\)"):
+        ReplicatedOptimizer(parameters(torch.float32), OptimConfig(), Mesh()).step(lr=1e-2)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_skipped_step_leaves_weights_and_state(name: str, dtype: torch.dtype) -> None:
+    ps = parameters(dtype)
+    optimizer = ReplicatedOptimizer(ps, OptimConfig(name=name), Mesh())
+
+    def update(step: int, poison: float, skip: bool) -> None:
+        for p in ps.values():
+            p.grad = gradient_of(p, step).to(dtype) * poison
+        optimizer.fold_gradients()
+        optimizer.finish_reduction()
+        optimizer.step(lr=1e-2, skip=torch.tensor(skip))
+
+    def everything() -> list[torch.Tensor]:
+        tensors = [*ps.values(), *(t for t, _ in optimizer.state_tensors().values())]
+        return [t.detach().clone() for t in tensors]
+
+    update(1, 1.0, False)
+    before = everything()
+    update(2, float("nan"), True)
+    assert all(torch.equal(a, b) for a, b in zip(everything(), before, strict=True))
+    assert optimizer.steps == 2
+    assert all(m.grad is None for m in optimizer.masters.values())
+    update(3, 1.0, False)
+    assert not any(torch.equal(a, b) for a, b in zip(everything(), before, strict=True))
+
+
+def test_masters_follow_loaded_weights() -> None:
+    ps = parameters(torch.bfloat16)
+    optimizer = ReplicatedOptimizer(ps, OptimConfig(), Mesh())
+    for p in ps.values():
+        p.data.fill_(0.5)
+    optimizer.weights_changed()
+    assert all((master == 0.5).all() for master in optimizer.masters.values())
+
+
+def test_gradients_of_some_parameters_are_folded_alone() -> None:
+    ps = parameters(torch.bfloat16)
+    optimizer = ReplicatedOptimizer(ps, OptimConfig(), Mesh())
+    for p in ps.values():
+        p.grad = torch.ones_like(p)
+    matrix, norm = ps
+    optimizer.fold_gradients([norm])
+    assert optimizer.masters[norm].grad is not None
+    assert optimizer.masters[matrix].grad is None
+    assert ps[matrix].grad is not None

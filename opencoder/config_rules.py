@@ -1,0 +1,131 @@
+"""Every rule between fields of the training configuration; `validate` is the only entry.
+
+One function for each part of the program. The tree itself stands in config.py, which hands `validate` on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .config import Config
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of n, ascending."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """dp = world_size / (tp·pp·cp); ConfigError if that is not whole."""
+    p = config.parallel
+    per_replica = p.tp * p.pp * p.cp
+    if world_size % per_replica:
+        raise ConfigError(
+            f"world size {world_size} is not a multiple of tp·pp·cp = {p.tp}·{p.pp}·{p.cp} = {per_replica}: "
+            f"start a multiple of {per_replica} processes or change parallel.tp, pp, cp"
+        )
+    return world_size // per_replica
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Every rule between fields, for a job of `world_size` processes. Raises ConfigError (value, limit, remedy)."""
+    _check_available(config)
+    _check_model(config)
+    _check_batches(config, data_parallel_size(config, world_size))
+    _check_schedule(config)
+
+
+def _check_available(config: Config) -> None:
+    """Refuse what the tree can say but this version cannot do, so that no key is silently without effect."""
+    p, d, t, c = config.parallel, config.data, config.train, config.checkpoint
+    missing = {
+        f"parallel.pp={p.pp}": p.pp > 1,
+        f"parallel.cp={p.cp}": p.cp > 1,
+        "parallel.sequence_parallel=true": p.sequence_parallel,
+        f"parallel.virtual_stages={p.virtual_stages}": p.virtual_stages > 1,
+        f"parallel.schedule={p.schedule}": p.schedule != "1f1b",
+        "parallel.layout": p.layout is not None,
+        "parallel.sharded_optimizer=true": p.sharded_optimizer,
+        f"model.head.kind={config.model.head.kind}": config.model.head.kind != "vocab",
+        f"data.kind={d.kind}": d.kind != "lm",
+        "data.fim": d.fim is not None,
+        "data.stages": bool(d.stages),
+        "data.cache_dir": d.cache_dir is not None,
+        f"parallel.context_attention={p.context_attention}": p.context_attention != "ring",
+        "parallel.overlap": p.overlap is not None,
+        f"model.init={config.model.init}": config.model.init != "normal",
+        f"train.recompute={t.recompute}": str(t.recompute) not in ("none", "full"),
+        f"train.z_loss={t.z_loss}": t.z_loss != 0,
+        "train.skip": t.skip is not None,
+        f"train.timeout_s={t.timeout_s:g}": t.timeout_s != 600,
+        f"train.memory_check={t.memory_check}": t.memory_check != "warn",
+        "optim.groups": bool(config.optim.groups),
+        f"optim.name={config.optim.name}": config.optim.name == "lars",
+        f"optim.schedule={config.optim.schedule}": config.optim.schedule == "fccs",
+        "checkpoint.fork": c.fork is not None,
+        "checkpoint.seed=true": c.seed,
+    }
+    for key, asked in missing.items():
+        if asked:
+            raise ConfigError(f"{key} is not available in this version: remove the key or set it to its default")
+
+
+def _check_model(config: Config) -> None:
+    m, tp = config.model, config.parallel.tp
+    if m.heads % m.kv_heads:
+        raise ConfigError(f"model.kv_heads={m.kv_heads} must divide model.heads={m.heads}: one of {divisors(m.heads)}")
+    if m.head_dim % 2:
+        raise ConfigError(f"model.head_dim={m.head_dim} must be even: rotary embedding turns pairs")
+    for name in ("heads", "kv_heads", "ffn_size", "padded_vocab_size"):
+        size = getattr(m, name)
+        if size % tp:
+            allowed = [d for d in divisors(size) if d <= 64]
+            raise ConfigError(
+                f"model.{name}={size} cannot be split over parallel.tp={tp}: set parallel.tp to one of {allowed}"
+            )
+    if m.padded_vocab_size < m.vocab_size:
+        raise ConfigError(
+            f"model.padded_vocab_size={m.padded_vocab_size} is less than model.vocab_size={m.vocab_size}: "
+            "raise it or leave it out"
+        )
+    if config.data.seq_len > m.max_seq_len:
+        raise ConfigError(
+            f"data.seq_len={config.data.seq_len} is longer than model.max_seq_len={m.max_seq_len}: "
+            "shorten data.seq_len or raise model.max_seq_len"
+        )
+
+
+def _check_batches(config: Config, dp: int) -> None:
+    t = config.train
+    if t.global_batch_size % (t.micro_batch_size * dp):
+        raise ConfigError(
+            f"train.global_batch_size={t.global_batch_size} is not a multiple of micro_batch_size·dp = "
+            f"{t.micro_batch_size}·{dp} = {t.micro_batch_size * dp}: set it to a multiple of that"
+        )
+    if (t.steps is None) == (t.samples is None):
+        raise ConfigError("set exactly one of train.steps and train.samples")
+    if t.samples is not None and t.samples % t.global_batch_size:
+        raise ConfigError(
+            f"train.samples={t.samples} is not a multiple of train.global_batch_size={t.global_batch_size}"
+        )
+    if t.device == "cuda" and t.precision == "fp64":
+        raise ConfigError("train.precision=fp64 is for CPU parity runs: set train.device=cpu")
+
+
+def _check_schedule(config: Config) -> None:
+    o, steps = config.optim, config.train.total_steps()
+    if o.schedule == "wsd" and o.warmup_steps + o.decay_steps > steps:
+        raise ConfigError(
+            f"optim.warmup_steps={o.warmup_steps} + optim.decay_steps={o.decay_steps} exceed the run's {steps} steps: "
+            "shorten one of them or lengthen the run"
+        )
+    if o.warmup_steps >= steps and o.warmup_steps > 0:
+        raise ConfigError(f"optim.warmup_steps={o.warmup_steps} must be less than the run's {steps} steps")
+    if o.min_lr > o.lr:
+        raise ConfigError(f"optim.min_lr={o.min_lr} is above optim.lr={o.lr}: lower it")
+    if o.schedule == "wsd" and o.decay_steps and o.decay_shape == "exponential" and o.min_lr == 0:
+        raise ConfigError(
+            "optim.decay_shape=exponential needs optim.min_lr > 0: lr = peak·(min/peak)^r never reaches 0"
+        )

@@ -1,0 +1,43 @@
+"""What the training step asks of an optimizer, however its state is spread over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+
+from opencoder.parallel.placement import Placement
+
+
+class Optimizer(Protocol):
+    """Updates the parameters of this rank. Keys are checkpoint keys.
+
+    One step: backward and `fold_gradients` for each micro-batch; `start_reduction` as early as gradients are complete, if
+    at all; `finish_reduction`; `step`. Nothing in it waits for the device."""
+
+    def fold_gradients(self, keys: Iterable[str] | None = None) -> None:
+        """Add the gradients of the last backward to the main gradients; `keys` None: of all parameters. Called after each
+        micro-batch, or after each weight-backward of a pipeline stage."""
+
+    def start_reduction(self, keys: Iterable[str]) -> None:
+        """The main gradients of these parameters are complete for this step: their sum over the ranks may be started. May be
+        called for some of them or for none: what was not started is reduced in `finish_reduction`."""
+
+    def finish_reduction(self) -> torch.Tensor:
+        """Sum all gradients over the ranks that their placements name; returns the global gradient norm before clipping,
+        0-dim, the same on every rank. Raises RuntimeError for a parameter without a gradient."""
+
+    def step(self, *, lr: float, skip: torch.Tensor | None = None) -> torch.Tensor:
+        """Clip by the norm of `finish_reduction`, update, drop the gradients. Returns the clip factor, 0-dim (1: not
+        clipped). Where the boolean `skip`, equal on all ranks, is true, weights and state stay as they are; the step is
+        counted all the same, so that the host need not know."""
+
+    def state_tensors(self) -> dict[str, tuple[torch.Tensor, Placement]]:
+        """What a checkpoint must hold beside the weights: `optim.<name>.<key>` → (this rank's part, where it lives)."""
+
+    def set_step_count(self, step: int) -> None:
+        """Tell how many updates the state has seen (AdamW's bias correction), after loading it."""
+
+    def weights_changed(self) -> None:
+        """Take over weights that were loaded into the parameters: the master weights follow them."""

@@ -1,0 +1,99 @@
+"""Where a run stands, and how it gets there: a new start, given weights, or the newest checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opencoder.checkpoint import folders, hf, native
+from opencoder.checkpoint.parts import Tensors
+from opencoder.config import Config
+from opencoder.errors import ConfigError
+from opencoder.model.decoder import Decoder, named_parameters
+from opencoder.optim.base import Optimizer
+from opencoder.parallel.mesh import Mesh
+from opencoder.parallel.placement import placement_of
+
+from .data import plan_stages
+
+
+@dataclass
+class RunState:
+    """The position of a run; with weights and optimizer state it is all that a resumed run needs."""
+
+    step: int = 0
+    """Optimizer updates done."""
+    tokens: int = 0
+    """Tokens trained on."""
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    """Data stages, as `plan_stages` makes them."""
+    saved_step: int | None = None
+    """Step of the newest checkpoint that this state was read from or written to."""
+
+    def for_checkpoint(self, config: Config) -> dict[str, Any]:
+        """What stands in the checkpoint's state.json beside the step."""
+        return {
+            "tokens": self.tokens,
+            "consumed_samples": self.step * config.train.global_batch_size,
+            "stages": self.stages,
+            "skipped_batches": [],
+        }
+
+
+def weights_of(model: Decoder) -> Tensors:
+    """The model's part of a checkpoint."""
+    return {key: (p, placement_of(p)) for key, p in named_parameters(model).items()}
+
+
+def tensors_of(model: Decoder, optimizer: Optimizer) -> Tensors:
+    """Every tensor of a checkpoint."""
+    return {**weights_of(model), **optimizer.state_tensors()}
+
+
+def restore(
+    config: Config, model: Decoder, optimizer: Optimizer, mesh: Mesh, *, say: Callable[[str], None]
+) -> RunState:
+    """Resume from the run's newest checkpoint, or start new, with the weights of `checkpoint.load` if given.
+
+    Raises ConfigError for what does not fit the configuration, DataError for a checkpoint that is damaged."""
+    c, run_dir = config.checkpoint, Path(config.run_dir)
+    if c.resume == "never" and folders.list_checkpoints(run_dir):
+        raise ConfigError(
+            f"{run_dir} already holds checkpoints and checkpoint.resume=never: choose another run_dir, or "
+            "checkpoint.resume=auto to go on"
+        )
+    found = folders.newest_intact(run_dir, mesh.world)
+    if found is None:
+        if c.load is not None:
+            _load_weights(c.load, model, mesh)
+            optimizer.weights_changed()
+            say(f"initial weights from {c.load}")
+        return RunState(stages=plan_stages(config, None))
+    saved = native.read_state(found)
+    _check_same_data(native.read_config(found), config)
+    native.load_tensors(found, tensors_of(model, optimizer), mesh, checked=True)
+    step = saved["step"]
+    optimizer.set_step_count(step)
+    say(f"resumed from {found} at step {step}")
+    return RunState(step, saved["tokens"], plan_stages(config, saved["stages"]), saved_step=step)
+
+
+def _check_same_data(before: Config, config: Config) -> None:
+    for name, then, now in (
+        ("data.seq_len", before.data.seq_len, config.data.seq_len),
+        ("train.global_batch_size", before.train.global_batch_size, config.train.global_batch_size),
+    ):
+        if then != now:
+            raise ConfigError(
+                f"{name}={now}, but {config.run_dir} was started with {then}: keep {then}, or start a new run_dir "
+                "with checkpoint.load"
+            )
+
+
+def _load_weights(source: str, model: Decoder, mesh: Mesh) -> None:
+    if hf.is_hf_folder(Path(source)):
+        hf.load_weights(Path(source), weights_of(model), mesh)
+    else:
+        native.load_tensors(folders.resolve(source), weights_of(model), mesh)

@@ -1,0 +1,119 @@
+"""One optimizer update: what the training loop and the parity tests both run.
+
+The parts are exchangeable: a `Runner` takes the micro-batches forward and backward, an optimizer (optim/base.py) sums
+and applies the gradients, a guard may ask to skip the step. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from opencoder.data.loader import MicroBatch
+from opencoder.model.decoder import Decoder, Documents
+from opencoder.optim.base import Optimizer
+from opencoder.parallel.mesh import Mesh
+
+Guard = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
+"""(global loss, gradient norm) → a boolean tensor, equal on all ranks, that is true where the update must be left out; None:
+never. It may raise to stop the run before the update."""
+
+
+class StepResult(NamedTuple):
+    """0-dim tensors, the same on every rank."""
+
+    loss: torch.Tensor
+    """Mean over the unmasked targets of the global batch, fp64."""
+    grad_norm: torch.Tensor
+    """Before clipping."""
+    clip: torch.Tensor
+    """Factor the gradients were multiplied by; 1: not clipped."""
+    targets: torch.Tensor
+    """Unmasked ones of the global batch, at least 1."""
+    skip: torch.Tensor | None
+    """What the guard said."""
+
+
+class Runner(Protocol):
+    """Takes the micro-batches of this rank through the model."""
+
+    def run(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor) -> torch.Tensor:
+        """Forward and backward of all: the gradients of (sum of token losses / `count`) are folded into the optimizer's.
+        Returns that sum over this rank's tokens, 0-dim fp64, the same on every rank of a pipeline."""
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """The same sum without gradients."""
+
+
+class SequentialRunner:
+    """One micro-batch after another through the whole model."""
+
+    def __init__(self, model: Decoder, optimizer: Optimizer, device: torch.device) -> None:
+        self.model, self.optimizer, self.device = model, optimizer, device
+
+    def run(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor) -> torch.Tensor:
+        """Forward, backward and fold for each."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for mb in micro_batches:
+            loss_sum = self._loss(mb)
+            (loss_sum / count).backward()
+            self.optimizer.fold_gradients()
+            total += loss_sum.detach()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """Forward alone."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for mb in micro_batches:
+            total += self._loss(mb)
+        return total
+
+    def _loss(self, mb: MicroBatch) -> torch.Tensor:
+        documents = None
+        if mb.cu_seqlens is not None and mb.max_seqlen is not None:
+            documents = Documents(mb.cu_seqlens.to(self.device), mb.max_seqlen)
+        return self.model.loss(mb.tokens.to(self.device), mb.labels.to(self.device), documents)[0]
+
+
+class TrainStep:
+    """Updates `model` with `optimizer`, the same way for one process and many."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        optimizer: Optimizer,
+        mesh: Mesh,
+        *,
+        device: torch.device,
+        runner: Runner | None = None,
+        guard: Guard | None = None,
+    ) -> None:
+        """`runner` None: micro-batches one after another."""
+        self.model, self.optimizer, self.mesh, self.device, self.guard = model, optimizer, mesh, device, guard
+        self.runner: Runner = runner or SequentialRunner(model, optimizer, device)
+
+    def update(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> StepResult:
+        """One optimizer update on this rank's share of a global batch."""
+        self.model.train()
+        count = self._count(micro_batches)
+        total = self.runner.run(micro_batches, count)
+        grad_norm = self.optimizer.finish_reduction()
+        loss = self._summed(total) / count
+        skip = self.guard(loss, grad_norm) if self.guard is not None else None
+        clip = self.optimizer.step(lr=lr, skip=skip)
+        return StepResult(loss, grad_norm, clip, count, skip)
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """Mean token loss over all ranks' micro-batches, 0-dim fp64, the same on every rank."""
+        self.model.eval()
+        count = self._count(micro_batches)
+        return self._summed(self.runner.evaluate(micro_batches)) / count
+
+    def _count(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """Unmasked targets over all ranks, at least 1."""
+        return self.model.lm_head.begin_step(mb.labels.to(self.device) for mb in micro_batches).clamp(min=1)
+
+    def _summed(self, total: torch.Tensor) -> torch.Tensor:
+        return self.mesh.group(("dp", "cp")).all_reduce(total)

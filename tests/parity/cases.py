@@ -1,0 +1,67 @@
+"""The layouts that must equal one process, and the batch they see. A layout that becomes possible adds a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from opencoder.data.loader import MicroBatch
+from tests.model.cases import FULL, SMALL, batch
+
+SAMPLES, LENGTH = 8, 64
+"""Of the global batch. The share of masked labels differs from sample to sample."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout over `world` processes."""
+
+    world: int
+    base: dict[str, Any] = field(default_factory=lambda: FULL)
+    """Model settings, as in ModelConfig."""
+    micro_batch: int = 1
+    parallel: dict[str, Any] = field(default_factory=dict)
+    """As in ParallelConfig."""
+    documents: bool = False
+    """Samples are cut in documents that do not see one another."""
+
+    @property
+    def truth(self) -> Case:
+        """The same model and batch in one process, whole."""
+        return Case(1, self.base, SAMPLES, documents=self.documents)
+
+
+CASES: dict[str, Case] = {
+    "micro-batches": Case(1),
+    "tp2": Case(2, micro_batch=8, parallel={"tp": 2}),
+    "dp2": Case(2, micro_batch=4),
+    "tp2-tied": Case(2, {**SMALL, "tie_embeddings": True}, 2, {"tp": 2}),
+    "dp2-documents": Case(2, SMALL, 2, documents=True),
+    "tp2-dp2": Case(4, micro_batch=2, parallel={"tp": 2}),
+    "dp4": Case(4, SMALL),
+    "tp4": Case(4, {**SMALL, "kv_heads": 4}, 4, {"tp": 4}),
+    "tp2-dp2-documents": Case(4, SMALL, 2, {"tp": 2}, documents=True),
+}
+
+
+def micro_batches(case: Case, vocab: int, dp_rank: int, dp_size: int) -> list[MicroBatch]:
+    """This rank's share of the global batch, cut as the loader cuts it (data/loader.py)."""
+    tokens, labels = batch(vocab, SAMPLES, LENGTH)
+    b = case.micro_batch
+    found = []
+    for begin in range(dp_rank * b, SAMPLES, b * dp_size):
+        rows = slice(begin, begin + b)
+        bounds, longest = (_bounds(range(begin, begin + b)), LENGTH) if case.documents else (None, None)
+        found.append(MicroBatch(tokens[rows], labels[rows], bounds, longest))
+    return found
+
+
+def _bounds(samples: range) -> torch.Tensor:
+    """Sample i of the global batch is cut at positions of its own; sample 0 is one document."""
+    bounds = [0]
+    for at, sample in enumerate(samples):
+        inner = sorted({(7 * sample * k) % LENGTH for k in range(1, 4)} - {0})
+        bounds += [at * LENGTH + position for position in (*inner, LENGTH)]
+    return torch.tensor(bounds, dtype=torch.int32)

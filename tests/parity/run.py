@@ -1,0 +1,113 @@
+"""Runs a layout through the trainer's own step, and compares what came out with one process.
+
+`python -m tests.parity.run [NAME…]` prints the largest errors of every layout."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, NamedTuple
+
+import torch
+
+from opencoder.config import OptimConfig
+from opencoder.model.decoder import named_parameters
+from opencoder.model.initialise import build_model
+from opencoder.optim.optimizer import ReplicatedOptimizer
+from opencoder.parallel.mesh import create_mesh
+from opencoder.parallel.placement import placement_of
+from opencoder.train.step import TrainStep
+from tests.harness import run_cases
+from tests.model.cases import model_config
+from tests.parity.cases import CASES, Case, micro_batches
+
+CPU = torch.device("cpu")
+LR = 1e-3
+
+
+class Outcome(NamedTuple):
+    """One rank's view of one optimizer update."""
+
+    numbers: dict[str, float]
+    """loss, norm, clip, targets."""
+    gradients: dict[str, torch.Tensor]
+    """Clipped, this rank's parts: AdamW's first moment with β = 0."""
+    weights: dict[str, torch.Tensor]
+    """After the update, this rank's parts."""
+    parts: dict[str, tuple[slice, ...]]
+    """Where these stand in the whole tensors."""
+
+
+def one_update(rank: int, world: int, case: Case, dtype: torch.dtype = torch.float64) -> Outcome:
+    """One update of a fresh model at the layout of `case`, with a norm that clips."""
+    config = model_config(case.base)
+    mesh = create_mesh(tp=case.parallel.get("tp", 1))
+    model = build_model(config, mesh, dtype=dtype, device=CPU, seed=3)
+    # With β = (0, 0) the first moment is the clipped gradient itself. AdamW's update would then be the gradient's sign, whose
+    # weights say nothing of it: eps far above the gradients makes the update proportional to them instead.
+    settings = OptimConfig(clip_norm=0.1, lr=LR, betas=(0.0, 0.0), eps=1.0)
+    optimizer = ReplicatedOptimizer(named_parameters(model), settings, mesh)
+    step = TrainStep(model, optimizer, mesh, device=CPU)
+    result = step.update(micro_batches(case, config.vocab_size, mesh.dp.rank, mesh.dp.size), lr=LR)
+    state = optimizer.state_tensors()
+    names = {"loss": result.loss, "norm": result.grad_norm, "clip": result.clip, "targets": result.targets}
+    parameters = named_parameters(model)
+    return Outcome(
+        {name: float(value) for name, value in names.items()},
+        {key: state[f"optim.exp_avg.{key}"][0] for key in parameters},
+        {key: p.detach() for key, p in parameters.items()},
+        {key: placement_of(p).slice_of(mesh) for key, p in parameters.items()},
+    )
+
+
+def errors(found: Outcome, truth: Outcome) -> dict[str, float]:
+    """Relative errors: of each number, and of each tensor as ‖a − b‖ / ‖b‖, named `gradient <key>` and `weight <key>`."""
+    result = {name: abs(value / truth.numbers[name] - 1) for name, value in found.numbers.items()}
+    for what, ours, theirs in (
+        ("gradient", found.gradients, truth.gradients),
+        ("weight", found.weights, truth.weights),
+    ):
+        for key, tensor in ours.items():
+            whole = theirs[key][found.parts[key]].double()
+            result[f"{what} {key}"] = float((tensor.double() - whole).norm() / whole.norm())
+    return result
+
+
+def worst(outcomes: list[Outcome], truth: Outcome) -> dict[str, float]:
+    """The largest error of each quantity over the ranks. Raises AssertionError if a parameter is on no rank."""
+    per_rank = [errors(outcome, truth) for outcome in outcomes]
+    names = {name for found in per_rank for name in found}
+    absent = {f"gradient {key}" for key in truth.gradients} - names
+    assert not absent, f"no rank holds {sorted(absent)}"
+    # A number that is not finite is the worst there is, and max() would not say so.
+    return {
+        name: max(e if math.isfinite(e) else math.inf for e in (found[name] for found in per_rank if name in found))
+        for name in sorted(names)
+    }
+
+
+def run_all(cases: dict[str, Case], *, dtype: torch.dtype = torch.float64) -> dict[str, dict[str, float]]:
+    """Name of a layout → its `worst` errors. Layouts of one size share their processes."""
+    truths: dict[str, Case] = {}
+    for case in cases.values():
+        truths[repr(case.truth)] = case.truth
+    truth = run_cases(one_update, 1, {name: (case,) for name, case in truths.items()}, timeout_s=600)
+    found: dict[str, Any] = {}
+    for world in sorted({case.world for case in cases.values()}):
+        chosen = {name: (case, dtype) for name, case in cases.items() if case.world == world}
+        found |= run_cases(one_update, world, chosen, timeout_s=600)
+    return {name: worst(found[name], truth[repr(case.truth)][0]) for name, case in cases.items()}
+
+
+def main(names: list[str]) -> None:
+    """Print the table."""
+    table = run_all({name: case for name, case in CASES.items() if not names or name in names})
+    print(f"{'layout':22} {'loss':>9} {'norm':>9} {'clip':>9}  worst gradient")
+    for name, found in table.items():
+        key = max((k for k in found if k.startswith("gradient ")), key=found.__getitem__)
+        numbers = " ".join(f"{found[k]:9.1e}" for k in ("loss", "norm", "clip"))
+        print(f"{name:22} {numbers}  {found[key]:.1e} {key.removeprefix('gradient ')}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
