@@ -1,5 +1,5 @@
-"""`opencoder bench-corpus`: speed per core of MinHash and of fuzzy dedup, text to groups, beside datasketch, and of signals with
-verdicts; on the Python standard library's source, the signals also on the files given with --input.
+"""`opencoder bench-corpus`: speed per core of MinHash and of fuzzy dedup, text to groups, beside datasketch, of signals with
+verdicts, and of decontamination; on the Python standard library's source, the signals also on the files given with --input.
 
 One process, one thread; the sides alternate and the best of each counts. datasketch's time is given with and without
 its shingling, which it leaves to Python. `--only build` measures the whole of build-corpus (opencoder.tools.bench_build)."""
@@ -12,20 +12,24 @@ from collections.abc import Sequence
 from opencoder.console import Parser, run
 from opencoder.files import write_json
 from opencoder.tools import bench_build, bench_signals
+from opencoder.tools.bench_decontaminate import decontaminate_rates
 from opencoder.tools.bench_dedup import NGRAM, dedup_rates, minhash_rates
 
-PARTS = ("minhash", "dedup", "signals", "build")
+PARTS = ("minhash", "dedup", "signals", "decontaminate", "build")
 """`build` has to be asked for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the table."""
     parser = Parser(
-        "bench-corpus", "Speed per core of MinHash and dedup beside datasketch 2, and of signals and verdicts."
+        "bench-corpus",
+        "Speed per core of MinHash and dedup beside datasketch 2, of signals and verdicts, and of decontamination.",
     )
     parser.add_argument("--only", choices=PARTS, help="one part instead of all")
     parser.add_argument("--num-perm", type=int, default=2048, help="slots of a signature")
-    parser.add_argument("--megabytes", type=float, default=2.0, help="text for MinHash, and for datasketch throughout")
+    parser.add_argument(
+        "--megabytes", type=float, default=2.0, help="text for MinHash, decontamination, and datasketch throughout"
+    )
     parser.add_argument("--dedup-megabytes", type=float, default=20.0, help="text for our dedup")
     parser.add_argument(
         "--input", nargs="+", help="folders or files for signals and builds; default: the standard library"
@@ -59,6 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = bench_signals.measure(bench_signals.read_files(inputs, args.signal_megabytes), args.rounds)
         print(bench_signals.table(rows))
         result["signals"] = rows
+    if args.only in (None, "decontaminate"):
+        rates, against = decontaminate_rates(args.megabytes, args.rounds)
+        counts = f"{against['files']} files against {against['tasks']} tasks, {against['ngrams']} n-grams"
+        print(f"decontamination, per core: {counts}; equal matches")
+        print_rates(rates)
+        result |= {"decontaminate_mb_per_s": rates, "decontaminate_set": against}
     if args.only == "build":
         found = bench_build.measure(args.input or [sysconfig.get_paths()["stdlib"]], args.workers, args.folder)
         print(bench_build.table(found))

@@ -28,11 +28,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("opencoder.tools.demo", "the whole path on the Python standard library, in minutes"),
     "bench-kernels": ("opencoder.tools.bench_kernels", "the kernels beside eager torch, torch.compile and others"),
     "bench-train": ("opencoder.tools.bench_train", "training speed and memory beside transformers"),
-    "bench-corpus": ("opencoder.tools.bench_corpus", "signals and verdicts, MinHash and dedup beside datasketch"),
+    "bench-corpus": ("opencoder.tools.bench_corpus", "signals, MinHash and dedup beside datasketch, decontamination"),
     "bench-dataset": ("opencoder.tools.bench_dataset", "random reads beside megatron-core, building indices, start-up"),
+    "bench-checkpoint": ("opencoder.tools.bench_checkpoint", "saving and loading beside the disk's own rate"),
     "fetch-sources": ("opencoder.tools.fetch_sources", "real code from Debian and PyPI to measure the pipeline on"),
     "bench-sources": ("opencoder.tools.bench_sources", "reading speed of folders, archives and repositories"),
     "bench-lexing": ("opencoder.tools.bench_lexing", "lexers beside Pygments, scanners and parsers of the signals"),
+    "bench-engine": ("opencoder.tools.bench_engine", "time of the task engine per task"),
+    "bench-hostile": ("opencoder.tools.bench_hostile", "time against length for texts made to be slow"),
     "bench-preprocess": ("opencoder.tools.bench_preprocess", "tokenising speed beside a loop over HF tokenizers"),
 }
 

@@ -28,6 +28,7 @@ template <typename V, typename F>
 void each_literal(const V& view, bool across_lines, F&& f) {
     // Whether a closing mark of this kind may still come: single and double quote, each once and thrice.
     std::array<std::array<bool, 2>, 2> open{{{true, true}, {true, true}}};
+    size_t newline = across_lines ? view.size : 0;  // the next one; looked for again only once passed: a line may hold many quotes
     for (size_t i = 0; i < view.size;) {
         const uint32_t quote = view[i];
         if (quote != '\'' && quote != '"') {
@@ -49,12 +50,12 @@ void each_literal(const V& view, bool across_lines, F&& f) {
             }
         }
         if (!matched && hope[0]) {
-            const size_t stop = across_lines ? view.size : view.find('\n', i + 1);
-            const size_t end = view.find(quote, i + 1, stop);
-            if (end < stop) {
+            if (newline <= i) newline = view.find('\n', i + 1);
+            const size_t end = view.find(quote, i + 1, newline);
+            if (end < newline) {
                 if (end > i + 1) f(i + 1, end);
                 next = end + 1;
-            } else if (stop == view.size) {
+            } else if (newline == view.size) {
                 hope[0] = false;
             }
         }

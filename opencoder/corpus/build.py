@@ -14,7 +14,6 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def result_config(config: CorpusConfig) -> dict[str, Any]:
 
 
 def _fingerprint(items: list[Item], config: CorpusConfig) -> str:
-    facts = [__version__, result_config(config), [asdict(item) for item in items]]
+    facts = [__version__, result_config(config), [item.plain() for item in items]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -201,6 +200,7 @@ def _finish(
         fsync_directory(output / stage)
     with atomic_path(output / "clusters.parquet") as temporary:
         pq.write_table(clusters, temporary)
+    (output / dedup.SIGNATURES).unlink(missing_ok=True)  # of the corpus that was here before
     if config.dedup.store_signatures:
         _store_signatures(output, work, shards, config)
     rounded = {name: round(seconds, 3) for name, seconds in timings.items()}

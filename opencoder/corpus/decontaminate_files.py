@@ -17,15 +17,15 @@ import pyarrow.parquet as pq
 import zstandard
 
 from opencoder.compressed import ERRORS as DAMAGE
-from opencoder.compressed import open_decompressed
 from opencoder.console import ProgressBar
 from opencoder.corpus_config import DecontaminateConfig
 from opencoder.errors import DataError, UserError
 from opencoder.files import atomic_open, atomic_path, replace_directory, write_json
 
+from . import json_lines
 from .decontaminate import Decontaminator, excerpt
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (".parquet", *json_lines.SUFFIXES)
 TEXT_COLUMNS = ("text", "content")
 BATCH_ROWS = 64
 """Rows of a parquet file that are read at one time."""
@@ -224,22 +224,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = row_number = 0
-    with open_decompressed(path) as file:
-        while line := file.readline(MAX_LINE + 1):
-            number += 1
-            if len(line) > MAX_LINE:
-                raise DataError(f"{path}, line {number} is longer than {MAX_LINE} bytes")
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number} is a {type(row).__name__}, not a JSON object")
-            yield row_number, row
-            row_number += 1
+    return enumerate(row for _, row in json_lines.objects(path, max_line=MAX_LINE))
 
 
 # ---- writing ----

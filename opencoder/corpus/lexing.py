@@ -12,7 +12,6 @@ Pygments itself runs (0.5–3 MB/s)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,6 +141,13 @@ def _is_coding_line(text: str, begin: int, end: int) -> bool:
     return text.count("\n", 0, begin) < 2 and comment.startswith("#") and ("coding:" in comment or "coding=" in comment)
 
 
+def raw_lines(text: str) -> list[str]:
+    """The text cut after each newline, which stays part of its line."""
+    lines = text.split("\n")
+    last = lines.pop()
+    return [line + "\n" for line in lines] + ([last] if last else [])
+
+
 @cache
 def syntax_table() -> dict[str, dict[str, Any]]:
     """Language → its entry of comment_syntax.yaml."""
@@ -238,7 +244,7 @@ def _by_hand(text: str) -> Split:
     """The released line scanner. Once a line starts with #, // or --, it takes all that follows for comment, up to a line
     that starts or ends with triple quotes or C comment marks."""
     code, comments, inside = [], [], False
-    for line in _lines(text):
+    for line in raw_lines(text):
         stripped = line.strip()
         if stripped.startswith(('"""', "/*")) or stripped.endswith(('"""', "*/")):
             inside = not inside
@@ -254,7 +260,7 @@ def _by_hand(text: str) -> Split:
 def _perl(text: str) -> Split:
     """The released scanner for Perl: POD blocks and lines that start with # are comments."""
     code, comments, inside = [], [], False
-    for line in _lines(text):
+    for line in raw_lines(text):
         stripped = line.strip()
         if stripped.startswith("=cut"):
             inside = False
@@ -267,9 +273,3 @@ def _perl(text: str) -> Split:
         else:
             code.append(line)
     return Split("".join(code), "".join(comments))
-
-
-def _lines(text: str) -> Sequence[str]:
-    lines = text.split("\n")
-    last = lines.pop()
-    return [line + "\n" for line in lines] + ([last] if last else [])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +59,7 @@ def _read(number: int, items: Sequence[Item], plain: dict[str, Any]) -> Task:
     empty need not be: devices and files of /proc are left to the reader, which reports them."""
     files = {item.file for item in items if item.size and item.kind != "git" and os.path.isfile(item.file)}
     inputs = tuple(Input(os.path.abspath(file), by="stat") for file in sorted(files))
-    parameters = {"items": [asdict(item) for item in items], "config": plain}
+    parameters = {"items": [item.plain() for item in items], "config": plain}
     return Task(
         f"read/{number:06d}", f"{_HERE}.reading:read", ("parquet", "meta.parquet", "licences.json"), inputs, parameters
     )

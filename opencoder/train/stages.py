@@ -56,6 +56,8 @@ class Stage:
     seed: int
     """Of the shuffles."""
     settings: Settings
+    own_from: int = 0
+    """Steps before this one were another run's (`checkpoint.fork`): what is configured here does not speak of them."""
 
     @property
     def end(self) -> int:
@@ -110,14 +112,15 @@ def plan(
     for n, stage in enumerate(begun):
         latest = n + 1 == len(begun)
         end = step if latest else begun[n + 1].first_step
-        for first, last in spans if not fork else ():
-            if max(first, stage.first_step) < min(last, end):
+        own_from = step if fork else stage.own_from
+        for first, last in spans:
+            if max(first, stage.first_step, own_from) < min(last, end):
                 _check_same(stage, asked[first])
         if latest:  # it goes on until its samples are used up or something else is asked for
             capacity = stage.first_step + stage.num_samples // stage.settings.global_batch_size
             changes = [max(a, step) for a, b in spans if b > step and not _same(asked[a], stage.settings)]
             end = max(step, min(capacity, total_steps, *changes))
-        stages.append(replace(stage, steps=end - stage.first_step))
+        stages.append(replace(stage, steps=end - stage.first_step, own_from=own_from))
     at = stages[-1].end if stages else 0
     for first, last in spans:
         start = max(first, at)

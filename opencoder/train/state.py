@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opencoder.checkpoint import hf, native
+from opencoder.checkpoint import folders, hf, native
+from opencoder.checkpoint.parts import Tensors
+from opencoder.checkpoint.together import together
 from opencoder.config import Config
 from opencoder.errors import ConfigError
 from opencoder.model.decoder import Decoder, named_parameters
@@ -32,6 +34,9 @@ class RunState:
     saved_step: int | None = None
     """Step of the newest checkpoint that this state was read from or written to."""
 
+    forked_from: str | None = None
+    """The checkpoint of another run that this one began with (`checkpoint.fork`), as configured."""
+
     def for_checkpoint(self) -> dict[str, Any]:
         """What stands in the checkpoint's state.json beside the step."""
         return {
@@ -39,15 +44,16 @@ class RunState:
             "consumed_samples": consumed_samples(self.stages, self.step),
             "stages": [stage.record() for stage in self.stages],
             "skipped_batches": [],
+            "forked_from": self.forked_from,
         }
 
 
-def weights_of(model: Decoder) -> native.Tensors:
+def weights_of(model: Decoder) -> Tensors:
     """The model's part of a checkpoint."""
     return {key: (p, placement_of(p)) for key, p in named_parameters(model).items()}
 
 
-def tensors_of(model: Decoder, optimizer: Optimizer) -> native.Tensors:
+def tensors_of(model: Decoder, optimizer: Optimizer) -> Tensors:
     """Every tensor of a checkpoint."""
     return {**weights_of(model), **optimizer.state_tensors()}
 
@@ -55,33 +61,54 @@ def tensors_of(model: Decoder, optimizer: Optimizer) -> native.Tensors:
 def restore(
     config: Config, model: Decoder, optimizer: Optimizer, mesh: Mesh, *, say: Callable[[str], None]
 ) -> RunState:
-    """Resume from the run's newest checkpoint, or start new, with the weights of `checkpoint.load` if given.
+    """Resume from the run's newest checkpoint, or start new: with the whole state of `checkpoint.fork`, or the weights of
+    `checkpoint.load`, if given.
 
     Raises ConfigError for what does not fit the configuration, DataError for a checkpoint that is damaged."""
     c, run_dir = config.checkpoint, Path(config.run_dir)
-    found = native.newest(run_dir)
-    if found is None:
+    if c.resume == "never" and folders.list_checkpoints(run_dir):
+        raise ConfigError(
+            f"{run_dir} already holds checkpoints and checkpoint.resume=never: choose another run_dir, or "
+            "checkpoint.resume=auto to go on"
+        )
+    found = folders.newest_intact(run_dir, mesh.world)
+    forked_from = c.fork
+    if found is not None:
+        forked_from = native.read_state(found).get("forked_from")
+        if c.fork is not None and forked_from != c.fork:
+            raise ConfigError(
+                f"checkpoint.fork={c.fork}, but {run_dir} already holds a run that did not begin with it: choose another "
+                "run_dir, or remove checkpoint.fork to go on"
+            )
+    elif c.fork is not None:
+        found = _source(c.fork, mesh)
+    else:
         if c.load is not None:
             _load_weights(c.load, model, mesh)
             optimizer.weights_changed()
             say(f"initial weights from {c.load}")
         return RunState(stages=plan_stages(config))
-    if c.resume == "never":
-        raise ConfigError(
-            f"{run_dir} already holds checkpoints and checkpoint.resume=never: choose another run_dir, or "
-            "checkpoint.resume=auto to go on"
-        )
+    own = found.parent.parent == run_dir
     saved = native.read_state(found)
     step = saved["step"]
-    stages = plan_stages(config, saved["stages"], step=step, before=native.read_config(found))
-    native.load_tensors(found, tensors_of(model, optimizer), mesh)
+    stages = plan_stages(config, saved["stages"], step=step, before=native.read_config(found), fork=not own)
+    native.load_tensors(found, tensors_of(model, optimizer), mesh, checked=True)
     optimizer.set_step_count(step)
-    say(f"resumed from {found} at step {step}")
-    return RunState(step, saved["tokens"], stages, saved_step=step)
+    say(f"{'resumed' if own else 'forked'} from {found} at step {step}")
+    return RunState(step, saved["tokens"], stages, saved_step=step if own else None, forked_from=forked_from)
+
+
+def _source(fork: str, mesh: Mesh) -> Path:
+    """The intact checkpoint meant by `checkpoint.fork`, the same on all ranks. Of another run: nothing there is touched."""
+    with together(mesh.world, f"{fork} cannot be read", "look at its permissions"):
+        found = folders.resolve(fork) if mesh.world.rank == 0 else None
+    source: Path = mesh.world.gather_objects(found)[0]
+    folders.check_files(source, mesh.world)
+    return source
 
 
 def _load_weights(source: str, model: Decoder, mesh: Mesh) -> None:
     if hf.is_hf_folder(Path(source)):
         hf.load_weights(Path(source), weights_of(model), mesh)
     else:
-        native.load_tensors(native.resolve(source), weights_of(model), mesh)
+        native.load_tensors(folders.resolve(source), weights_of(model), mesh)

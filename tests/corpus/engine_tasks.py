@@ -15,6 +15,11 @@ def number(inputs: list[Path], outputs: list[Path], *, value: int) -> dict[str, 
     return {"value": value}
 
 
+def process(inputs: list[Path], outputs: list[Path]) -> None:
+    """Write the number of the process."""
+    outputs[0].write_text(str(os.getpid()))
+
+
 def total(inputs: list[Path], outputs: list[Path]) -> None:
     """Write the sum of the inputs."""
     outputs[0].write_text(str(sum(int(path.read_text()) for path in inputs)))

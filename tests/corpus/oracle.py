@@ -1,66 +1,23 @@
-"""The answers of the published filter on real files, compared with ours: `python -m tests.corpus.oracle` prints the agreement
-per signal, with --default what the default mode changes. The oracle lies beside the clone (../shared/oracle) or where
-OPENCODER_ORACLE says."""
+"""The answers of the published filter on real files (oracle_files), compared with ours: `python -m tests.corpus.oracle` prints
+the agreement per signal, with --default what the default mode changes."""
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import subprocess
 import sys
-import tarfile
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
-import zstandard
 
 from opencoder.config import load_corpus_config
 from opencoder.corpus import rules, signals
 from opencoder.corpus.signal_table import signal_names, write_signals
 
+from . import oracle_files
+
 TOLERANCE = 1e-6
-
-
-@cache
-def folder() -> Path | None:
-    """Where the oracle lies, or None."""
-    candidates = [Path(os.environ["OPENCODER_ORACLE"])] if "OPENCODER_ORACLE" in os.environ else []
-    root = Path(__file__).parents[2]
-    candidates.append(root.parent / "shared" / "oracle")
-    git = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "--git-common-dir"], capture_output=True, text=True, check=False
-    )
-    if git.returncode == 0:  # a linked checkout: beside the main one
-        candidates.append((root / git.stdout.strip()).resolve().parents[1] / "shared" / "oracle")
-    return next((c for c in candidates if (c / "visible.jsonl.zst").is_file()), None)
-
-
-def truths() -> Iterator[dict[str, Any]]:
-    """One object per file: path, program_lang, doc_type, size, signals, hits, effective."""
-    root = folder()
-    assert root is not None
-    with (root / "visible.jsonl.zst").open("rb") as file:
-        for line in io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(file), "utf-8"):
-            yield json.loads(line)
-
-
-def unpack(target: Path) -> Path:
-    """The files, under `target`; returns the folder that the paths are relative to."""
-    root = folder()
-    assert root is not None
-    with (
-        (root / "corpus.tar.zst").open("rb") as file,
-        tarfile.open(fileobj=zstandard.ZstdDecompressor().stream_reader(file), mode="r|") as archive,
-    ):
-        archive.extractall(target, filter="data")
-    return target / "corpus"
 
 
 @dataclass
@@ -83,7 +40,7 @@ def compare(table: Path) -> Agreement:
     result = Agreement()
     ours = {row["path"]: row for row in pq.read_table(table).to_pylist()}
     random = {rule.published(group) for rule in rules.load_rules() if rule.probability < 1 for group in rule.groups}
-    for truth in truths():
+    for truth in oracle_files.truths():
         row = ours[truth["path"]]
         if (row["language"], row["doc_type"]) != (truth["program_lang"], truth["doc_type"]):
             result.languages.append(truth["path"])
@@ -123,7 +80,9 @@ def run(workers: int = 1) -> Agreement:
     """Compute and compare."""
     with tempfile.TemporaryDirectory() as scratch:
         table = Path(scratch) / "signals.parquet"
-        write_signals([str(unpack(Path(scratch)))], table, load_corpus_config(), compat=True, workers=workers)
+        write_signals(
+            [str(oracle_files.unpack(Path(scratch)))], table, load_corpus_config(), compat=True, workers=workers
+        )
         return compare(table)
 
 
@@ -131,7 +90,7 @@ def effects() -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
     """What the default mode changes: signal → (files whose value differs from compat mode's, files whose hit does), and
     counts of files by what happens to their verdict and language. Rules that draw do so alike in both modes."""
     with tempfile.TemporaryDirectory() as scratch:
-        corpus, rows = str(unpack(Path(scratch))), []
+        corpus, rows = str(oracle_files.unpack(Path(scratch))), []
         for compat in (True, False):
             table = Path(scratch) / "signals.parquet"
             write_signals([corpus], table, load_corpus_config(), compat=compat)
@@ -156,8 +115,8 @@ def effects() -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
 
 def main() -> None:
     """Print agreement, or with --default what the default mode changes."""
-    if folder() is None:
-        sys.exit("no oracle: set OPENCODER_ORACLE to the folder that holds visible.jsonl.zst")
+    if oracle_files.folder() is None:
+        sys.exit(f"no oracle: set OPENCODER_ORACLE to the folder that holds {oracle_files.ANSWERS}")
     if "--default" in sys.argv:
         changed, verdicts = effects()
         for name, (values, hits) in changed.items():

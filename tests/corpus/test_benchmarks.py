@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from opencoder.corpus import benchmarks
 from opencoder.corpus.benchmarks import BenchmarkTask, load_benchmark
 from opencoder.corpus_config import BenchmarkFields
 from opencoder.errors import DataError, UserError
@@ -35,7 +36,8 @@ def test_fields_of_other_benchmarks(tmp_path: Path, suffix: str) -> None:
     [
         (["{}"], "line 1 has none of the fields prompt, text"),
         (['{"prompt": "a"}', "{broken"], "line 2 is not JSON"),
-        (['{"prompt": "a"}', "", "[1]"], "line 3 is a list, not a JSON object"),
+        (['{"prompt": "a"}', "", "[1]"], "line 3 is a JSON list, not an object"),
+        (["", "[" * 100_000], "line 2 is nested too deeply"),
         (['{"task_id": 1, "prompt": "a"}'] * 2, "line 2: task 1 stands in line 1 too"),
         (['{"prompt": 5}'], "line 1: `prompt` is a int"),
         ([], "holds no task"),
@@ -44,6 +46,15 @@ def test_fields_of_other_benchmarks(tmp_path: Path, suffix: str) -> None:
 def test_a_broken_benchmark_is_named_with_its_line(tmp_path: Path, rows: list[Any], says: str) -> None:
     with pytest.raises(DataError, match=re.escape(says)):
         load_benchmark(str(write(tmp_path / "b.jsonl", rows)))
+
+
+def test_a_line_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "b.jsonl", ['{"prompt": "a"}', '{"prompt": "ab"}'])
+    monkeypatch.setattr(benchmarks, "MAX_LINE", len(path.read_bytes().splitlines(keepends=True)[1]))
+    assert len(load_benchmark(str(path))) == 2
+    monkeypatch.setattr(benchmarks, "MAX_LINE", benchmarks.MAX_LINE - 1)
+    with pytest.raises(DataError, match=f"line 2 is longer than {benchmarks.MAX_LINE} bytes"):
+        load_benchmark(str(path))
 
 
 def test_a_benchmark_that_is_cut_off_or_missing(tmp_path: Path) -> None:

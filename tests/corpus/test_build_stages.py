@@ -103,6 +103,15 @@ def test_chunks_are_documents_of_their_own(tmp_path: Path) -> None:
     assert all(path.startswith("b.py#") for path in shared)
 
 
+def test_signatures_of_the_corpus_that_was_there_before_go(tmp_path: Path) -> None:
+    root = sources(tmp_path / "src", {"a.py": good(1)})
+    build([root], tmp_path / "out", "dedup.store_signatures=true")
+    assert (tmp_path / "out" / "signatures.parquet").is_file()
+    (root / "a.py").write_text(good(2))
+    build([root], tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "signatures.parquet").exists()
+
+
 def test_the_jaccard_check_keeps_what_only_looks_alike(tmp_path: Path) -> None:
     root = sources(tmp_path / "src", {"a.py": good(1), "b.py": good(1) + "# other words here\n"})
     options = ("dedup.preset=bigcode", "transform.enabled=false")
@@ -210,7 +219,7 @@ def test_small_archives_share_a_task(tmp_path: Path) -> None:
     build([root], tmp_path / "out", "read.containers=true", keep_work=True)
     assert len(paths(tmp_path / "out")) == 40
     assert len(list((tmp_path / "out" / "work" / "read").glob("*.task.json"))) == 1
-    build([root], tmp_path / "small", "read.containers=true", "shard_bytes=10000", keep_work=True)
+    build([root], tmp_path / "small", "read.containers=true", "shard_bytes=30000", keep_work=True)
     assert len(list((tmp_path / "small" / "work" / "read").glob("*.task.json"))) > 5
     assert paths(tmp_path / "small") == paths(tmp_path / "out")
 
@@ -250,7 +259,7 @@ def test_a_language_is_cut_to_its_budget(tmp_path: Path) -> None:
     kept = len(paths(tmp_path / "out"))
     assert 20 <= kept <= 40
     assert {row["stage"] for row in rows(tmp_path / "out", "dropped")} == {"sample"}
-    build([root], tmp_path / "again", *options, "shard_bytes=10000", workers=2)
+    build([root], tmp_path / "again", *options, "shard_bytes=30000", workers=2)
     assert paths(tmp_path / "again") == paths(tmp_path / "out")
     with pytest.raises(ConfigError, match="pyhton"):
         build([root], tmp_path / "wrong", "sample.budgets={pyhton: {ratio: 0.5}}")

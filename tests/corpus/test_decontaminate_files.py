@@ -73,7 +73,7 @@ def test_the_result_is_repeatable(tmp_path: Path, benchmark_path: Path) -> None:
         ([{"text": "a"}, "{"], "data.jsonl, line 2 is not JSON"),
         ([{"body": "a"}], "row 0 has no column text or content; it has body"),
         ([{"text": "a"}, {"text": None}], "row 1: `text` is a NoneType"),
-        (["7"], "line 1 is a int"),
+        (["7"], "line 1 is a JSON int, not an object"),
     ],
 )
 def test_bad_documents_are_named_and_nothing_is_written(

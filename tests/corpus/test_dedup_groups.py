@@ -13,18 +13,8 @@ from hypothesis import strategies as st
 
 from opencoder.corpus import dedup, minhash
 from opencoder.corpus.dedup import groups
-from opencoder.native import text_engine
 
 pytestmark = pytest.mark.fast
-
-
-@pytest.fixture(params=["cpp", "fallback"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "cpp" and text_engine() is None:
-        pytest.skip("the C++ text engine was not built")
-    if request.param == "fallback":
-        monkeypatch.setattr(minhash, "_engine", lambda: None)
-    return str(request.param)
 
 
 def planted(draw: random.Random, documents: int, length: int) -> list[str]:

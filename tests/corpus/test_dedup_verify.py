@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from opencoder.corpus import dedup, minhash
 from opencoder.corpus.dedup import groups, verify
-from opencoder.errors import DataError
 from opencoder.native import text_engine
 
 pytestmark = pytest.mark.fast
@@ -98,13 +97,3 @@ def test_checked_groups_do_not_depend_on_order_or_partitions(seed: int) -> None:
         answers.append(dedup.near_duplicates(batches, recipe, check_jaccard=0.6, partitions=partitions).tolist())
     assert answers[0] == answers[1] == answers[2]
     assert 3 < len(answers[0]) < 60
-
-
-def test_stored_keys_alone_cannot_be_checked() -> None:
-    recipe = dedup.Recipe(2, 4, ngram=1)
-    texts = ["a b c", "a b c"]
-    keys = dedup.first_keys(texts, recipe), dedup.full_keys(texts, recipe)
-    batch = dedup.Batch(np.arange(2), None, *keys)
-    assert dedup.near_duplicates([batch], recipe).tolist() == [[0, 1]]
-    with pytest.raises(DataError, match="stored keys cannot say the true Jaccard similarity"):
-        dedup.near_duplicates([batch], recipe, check_jaccard=0.5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,6 @@ from opencoder.errors import DataError
 from tests.corpus.engine_plans import HERE, content, sums, task
 
 pytestmark = pytest.mark.fast
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[LocalExecutor]:
-    with LocalExecutor(2) as executor:
-        yield executor
 
 
 # ---- what is done is skipped ----

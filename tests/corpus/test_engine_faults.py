@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ from opencoder.corpus.engine import (
 )
 from opencoder.errors import UserError
 from tests.corpus.engine_plans import HERE, ROOT, sums, task
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[LocalExecutor]:
-    with LocalExecutor(2) as executor:
-        yield executor
-
 
 # ---- kills ----
 
@@ -70,10 +62,8 @@ def test_memory_of_a_worker_is_bounded_and_reported(tmp_path: Path) -> None:
     limit = 400 << 20
     with LocalExecutor(1, memory_per_worker=limit) as executor:
         tasks = [task("small", "hold", mebibytes=100, seconds=0.0), task("big", "hold", mebibytes=600, seconds=20.0)]
-        start = time.monotonic()
         with pytest.raises(TasksFailed, match=r"big: used [4-9]\d\d MiB, more than the 400 MiB") as caught:
-            run(tasks, folder=tmp_path, executor=executor)
-        assert time.monotonic() - start < 20
+            run(tasks, folder=tmp_path, executor=executor)  # killed before its end, or it would have succeeded
     assert caught.value.report.failed[0].attempts <= 2  # in a worker of its own, once is enough
     assert 100 << 20 < caught.value.report.peak_rss_bytes < limit
     manifest = read_manifest(tmp_path, "small")

@@ -20,15 +20,6 @@ pytestmark = pytest.mark.fast
 needs_engine = pytest.mark.skipif(text_engine() is None, reason="the C++ text engine was not built")
 
 
-@pytest.fixture(params=["cpp", "fallback"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "cpp" and text_engine() is None:
-        pytest.skip("the C++ text engine was not built")
-    if request.param == "fallback":
-        monkeypatch.setattr(minhash, "_engine", lambda: None)
-    return str(request.param)
-
-
 LEVELS = (0, 1, 2)
 """Plain code, SHA instructions, AVX-512; a processor without one repeats the level below."""
 

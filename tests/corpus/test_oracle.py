@@ -10,16 +10,14 @@ from opencoder.corpus.language import tables
 from opencoder.corpus.signals import LANGUAGE_SIGNALS, general
 from opencoder.corpus.signals.differences import EFFECTS, VERDICTS
 
-from . import oracle
+from . import oracle, oracle_files
 
-pytestmark = pytest.mark.skipif(
-    oracle.folder() is None, reason="no oracle beside the clone and OPENCODER_ORACLE is not set"
-)
+pytestmark = oracle_files.needs_oracle
 
 
 @pytest.fixture(scope="module")
 def agreement() -> oracle.Agreement:
-    found = oracle.run()
+    found = oracle.run(workers=2)
     print(oracle.report(found))
     return found
 
@@ -48,9 +46,7 @@ def test_languages_equal_the_published_ones(agreement: oracle.Agreement) -> None
 
 
 def test_language_tables_hold_the_published_decisions() -> None:
-    root = oracle.folder()
-    assert root is not None
-    truth = json.loads((root / "languages.json").read_text(encoding="utf-8"))
+    truth = json.loads(oracle_files.path_of("languages.json").read_text(encoding="utf-8"))
     assert tables().extensions == truth["extensions"]
     assert tables().filenames == truth["filenames"]
     assert tables().doc_types == truth["doc_types"]

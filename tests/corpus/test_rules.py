@@ -76,7 +76,7 @@ def test_choice_of_table(doc_type: str, language: str, natural: str, table: str)
 
 
 def test_hits_name_value_and_threshold() -> None:
-    values, _ = signals.compute("x = 1\n", size_bytes=6, doc_type="code")
+    values, _ = signals.compute_document(signals.make_document("x = 1\n", size_bytes=6, doc_type="code"))
     hits = {hit.rule: hit for hit in rules.judge(values, doc_type="code", language="python")}
     assert hits["qsc_code_num_lines"] == ("qsc_code_num_lines", 1.0, "< 10")
     long_data = {"qsc_code_num_chars": 6000}

@@ -8,8 +8,9 @@ import pytest
 
 from opencoder.corpus import rules, signals
 from opencoder.corpus.language import Language, detect
+from opencoder.corpus.lexing import raw_lines
 from opencoder.corpus.signals import general
-from opencoder.corpus.signals.document import filled_lines, raw_lines
+from opencoder.corpus.signals.document import filled_lines
 from opencoder.corpus.signals.natural_language import detect_natural_language
 from opencoder.corpus.signals.words import normalised_words
 
@@ -17,15 +18,16 @@ pytestmark = pytest.mark.fast
 
 
 def code(text: str, language: str = "unknown", *, compat: bool = False) -> dict[str, Any]:
-    values, errors = signals.compute(
+    document = signals.make_document(
         text, size_bytes=len(text.encode()), doc_type="code", language=language, compat=compat
     )
+    values, errors = signals.compute_document(document)
     assert not errors
     return {name.removeprefix("qsc_code_"): value for name, value in values.items()}
 
 
 def prose(text: str, *, natural_language: str | None = None, path: str = "a.txt") -> dict[str, Any]:
-    values, errors = signals.compute(
+    document = signals.make_document(
         text,
         size_bytes=len(text.encode()),
         doc_type="text",
@@ -33,6 +35,7 @@ def prose(text: str, *, natural_language: str | None = None, path: str = "a.txt"
         natural_language=natural_language,
         path=path,
     )
+    values, errors = signals.compute_document(document)
     assert not errors
     return {name.removeprefix("qsc_doc_"): value for name, value in values.items()}
 
@@ -98,7 +101,7 @@ def one_broken(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_failing_signal_is_none_and_the_others_stand(one_broken: None) -> None:
-    values, errors = signals.compute("x = 1\n", size_bytes=6, doc_type="code")
+    values, errors = signals.compute_document(signals.make_document("x = 1\n", size_bytes=6, doc_type="code"))
     assert values["qsc_code_num_chars"] is None
     assert errors == {"qsc_code_num_chars": "ZeroDivisionError: broken on purpose"}
     assert values["qsc_code_num_lines"] == 1
@@ -107,7 +110,9 @@ def test_a_failing_signal_is_none_and_the_others_stand(one_broken: None) -> None
 
 
 def test_in_compat_mode_a_failing_signal_ends_its_group(one_broken: None) -> None:
-    values, errors = signals.compute("x = 1\n", size_bytes=6, doc_type="code", compat=True)
+    values, errors = signals.compute_document(
+        signals.make_document("x = 1\n", size_bytes=6, doc_type="code", compat=True)
+    )
     assert list(values) == ["qsc_code_num_words", "qsc_code_num_chars"]
     assert list(errors) == ["qsc_code_num_chars"]
 
@@ -247,7 +252,7 @@ def test_natural_language_is_for_prose_and_not_for_compat() -> None:
 
 def test_a_doc_type_without_signals_is_named() -> None:
     with pytest.raises(KeyError, match="excluded"):
-        signals.compute("", size_bytes=0, doc_type="excluded")
+        signals.compute_document(signals.make_document("", size_bytes=0, doc_type="excluded"))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,19 +15,14 @@ from hypothesis import strategies as st
 
 from opencoder.corpus.signals import characters, code_text, prose, strings, words
 from opencoder.native import text_engine
+from opencoder.tools.bench_hostile import COUNTED, Hostile, counters
+
+from .hostile import each
 
 pytestmark = pytest.mark.fast
 needs_engine = pytest.mark.skipif(text_engine() is None, reason="the C++ text engine was not built")
 
-COUNTS: list[Callable[[str], Any]] = [
-    characters.count_characters,
-    words.count_words,
-    strings.count_strings,
-    strings.count_encoded,
-    strings.hex_word_characters,
-    code_text.count_code_lines,
-    prose.count_prose,
-]
+COUNTS = list(counters().values())
 SNIPPETS = [
     "0x1f", "0X_", "\\x41", "41 42,", "de ad be ef ", "\\u00e9", "QUJD" * 20, "''", "'''", '"""', '"', "'", "http://a.b/c",
     "https://", "(http://x)", "<b>", "<", ">", "assert", "self.assertEqual(", "aSSert_eq", " = 'a' + 'b'", "=\t\"x\"+\"y\"",
@@ -149,19 +143,9 @@ def test_pieces_equal_the_published_tokeniser() -> None:
     assert words.PIECES.findall("⚠\ufe0f a\u0301b c++ d") == regex.findall(r"\w+|[^\w\s]+", "⚠\ufe0f a\u0301b c++ d")
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["'" * 300_000, "\"'" * 150_000, "'''a" * 100_000, "(http://" * 60_000, "<" * 300_000, "='a'+" * 80_000, "= " * 200_000,
-     "'a' + " * 80_000, "aa bb " * 60_000, "0x" * 200_000, "\\u00e9" * 7 + "\\u" * 150_000, "assert" * 60_000,
-     "AB" + " " * 300_000 + "CD", "a b c d e f g h i j " * 20_000, "." * 300_000, "ss" * 150_000],
-    ids=lambda t: t[:8],
-)  # fmt: skip
-@pytest.mark.parametrize("engine", ["cpp", "fallback"])
-def test_hostile_texts_take_linear_time(text: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if engine == "cpp" and text_engine() is None:
-        pytest.skip("the C++ text engine was not built")
-    limit_s = 1.0 if engine == "cpp" else 20.0  # quadratic time would be minutes
+@needs_engine
+@each(COUNTED)
+def test_texts_made_to_be_slow_are_counted_alike(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = hostile.of(20_000)
     for count in COUNTS:
-        start = time.process_time()
-        count(text) if engine == "cpp" else by_definition(count, text, monkeypatch)
-        assert time.process_time() - start < limit_s, count.__name__
+        assert same(count(text), by_definition(count, text, monkeypatch)), count.__name__

@@ -101,10 +101,23 @@ def test_a_dataset_may_move() -> None:
     assert shape(plan({0: moved}, 10, saved=plan({0: A}, 10), step=5)) == [(0, 10, 80, 100, "a")]
 
 
-def test_a_fork_keeps_the_past_and_reads_what_it_is_told_to() -> None:
-    saved = plan({0: A}, 10)
-    assert shape(plan({0: A}, 8, saved=saved, step=4, fork=True)) == [(0, 8, 80, 100, "a")]
-    assert shape(plan({0: B}, 8, saved=saved, step=4, fork=True)) == [(0, 4, 80, 100, "a"), (4, 8, 16, 101, "b")]
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (A, [(0, 8, 80, 100, "a")]),
+        (B, [(0, 4, 80, 100, "a"), (4, 8, 16, 101, "b")]),
+    ],
+)
+def test_a_fork_keeps_the_past_and_reads_what_it_is_told_to(asked: Settings, expected: list[Any]) -> None:
+    forked = plan({0: asked}, 8, saved=plan({0: A}, 10), step=4, fork=True)
+    assert shape(forked) == expected
+    saved = from_records(json.loads(json.dumps([stage.record() for stage in forked])), lambda: A)
+    for step in range(4, 9):
+        assert plan({0: asked}, 8, saved=saved, step=step) == forked
+    other = replace(asked, split="9,1,0")
+    assert plan({0: other}, 8, saved=saved, step=4)[-1].settings == other  # nothing of its own was read yet
+    with pytest.raises(ConfigError, match=r"data\.split"):
+        plan({0: other}, 8, saved=saved, step=5)
 
 
 def test_records_read_back() -> None:

@@ -12,8 +12,7 @@ The signature file is Parquet with one row per file of clean/ in the order of it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +26,7 @@ from opencoder.files import atomic_path
 
 from ..minhash import Texts
 from .curve import FIRST_ROWS, Recipe
-from .groups import Forest
 from .keys import KEY, first_keys, full_keys
-from .run import Batch
 
 SIGNATURES = "signatures.parquet"
 _HEADER = b"opencoder.signatures"
@@ -38,22 +35,24 @@ VERSION = 1
 
 
 class Existing(NamedTuple):
-    """The files of existing corpora, numbered from 0."""
+    """The files of existing corpora, numbered from 0, before all others."""
 
-    ids: list[str]
-    paths: list[str]
-    batches: list[Batch]
-    """One per part of clean/; give them to `near_duplicates` before the new files', which are numbered from len(ids) on."""
+    parts: Sequence[Path]
+    """Of their clean/ folders."""
+    starts: NDArray[np.int64]
+    """(parts + 1,) number of the first file of each part, then the number of files."""
+    ids: pa.ChunkedArray
+    paths: pa.ChunkedArray
 
-    def exact(self, ids: Iterable[str]) -> dict[int, int]:
-        """row → number of the existing file with the same id, for rows of new files."""
-        known = {known_id: number for number, known_id in reversed(list(enumerate(self.ids)))}
-        return {row: known[each] for row, each in enumerate(ids) if each in known}
 
-    def matches(self, forest: Forest) -> dict[int, int]:
-        """number of a new file → number of the existing file that it is dropped for."""
-        rows = forest[(forest[:, 0] < len(self.ids)) & (forest[:, 1] >= len(self.ids))]
-        return {int(new): int(known) for known, new in rows}
+def read_existing(parts: Sequence[Path]) -> Existing:
+    """The files of parts of clean/ folders, in their order."""
+    tables = [pq.read_table(part, columns=["id", "path"]) for part in parts]
+    ids, paths = (
+        pa.chunked_array([chunk for table in tables for chunk in table[name].chunks], pa.string())
+        for name in ("id", "path")
+    )
+    return Existing(parts, np.cumsum([0, *map(len, tables)]), ids, paths)
 
 
 def write_signatures(path: Path, batches: Iterable[tuple[list[str], Texts]], recipe: Recipe) -> None:
@@ -77,7 +76,8 @@ def read_signatures(path: Path, recipe: Recipe) -> tuple[list[str], NDArray[np.u
 
 
 def check_signatures(path: Path, recipe: Recipe) -> None:
-    """Raise ConfigError for a file made with another recipe, DataError for one that holds no signatures. Reads no rows."""
+    """Raise ConfigError for a file made with another recipe, DataError for one that holds no signatures, or those of another
+    number of files than the clean/ beside it. Reads no rows."""
     try:
         header = json.loads(pq.read_schema(path).metadata[_HEADER])
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
@@ -94,40 +94,9 @@ def check_signatures(path: Path, recipe: Recipe) -> None:
         raise ConfigError(
             f"{path}: {'; '.join(wrong)}: use the same dedup settings, or delete the file to compute the keys anew"
         )
-
-
-def read_existing(folders: Iterable[Path], recipe: Recipe | None) -> Existing:
-    """The files of corpora, in the order of folders, parts and rows. `recipe` None: ids and paths alone, for exact dedup.
-
-    Raises DataError for a folder that holds no finished corpus, ConfigError for signatures of another recipe."""
-    ids: list[str] = []
-    paths: list[str] = []
-    batches: list[Batch] = []
-    for folder in folders:
-        parts = sorted((folder / "clean").glob("*.parquet"))
-        if not parts or not (folder / "manifest.json").is_file():
-            raise DataError(f"{folder} holds no finished corpus: give the output folder of a build-corpus run")
-        stored = None
-        if recipe is not None and (folder / SIGNATURES).is_file():
-            stored = read_signatures(folder / SIGNATURES, recipe)
-        begin = len(ids)
-        for part in parts:
-            table = pq.read_table(part, columns=["id", "path"])
-            numbers = np.arange(len(ids), len(ids) + len(table), dtype=np.int64)
-            here = slice(len(ids) - begin, len(ids) - begin + len(table))
-            ids += table["id"].to_pylist()
-            paths += table["path"].to_pylist()
-            keys = (None, None) if stored is None else (stored[1][here], stored[2][here])
-            batches.append(Batch(numbers, partial(_texts, part), *keys))
-        if stored is not None and stored[0] != ids[begin:]:
-            raise DataError(
-                f"{folder / SIGNATURES} is not of the files in {folder / 'clean'}: delete it, or build again"
-            )
-    return Existing(ids, paths, batches if recipe is not None else [])
-
-
-def _texts(part: Path) -> Texts:
-    return pq.read_table(part, columns=["text"])["text"]
+    clean = list((path.parent / "clean").glob("*.parquet"))
+    if clean and sum(pq.read_metadata(part).num_rows for part in clean) != pq.read_metadata(path).num_rows:
+        raise DataError(f"{path} is not of the files in {path.parent / 'clean'}: delete it to compute the keys anew")
 
 
 def _header(recipe: Recipe) -> dict[str, Any]:

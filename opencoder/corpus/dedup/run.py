@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from opencoder.errors import DataError
-
 from .. import minhash
 from ..minhash import Texts
 from .curve import Recipe
@@ -33,20 +31,8 @@ class Batch(NamedTuple):
 
     numbers: NDArray[np.int64]
     """Unique over all batches."""
-    texts: Callable[[], Texts] | None
-    """Brings the texts, the same each time; None where keys are stored and no text is to be had."""
-    first: NDArray[np.uint64] | None = None
-    """(documents, bands) first keys, where they are stored."""
-    full: NDArray[Any] | None = None
-    """(documents, bands) full keys of all bands, where they are stored."""
-
-    def get(self) -> Texts:
-        """The texts. Raises DataError where there are none."""
-        if self.texts is None:
-            raise DataError(
-                "stored keys cannot say the true Jaccard similarity: give the texts, or unset check_jaccard"
-            )
-        return self.texts()
+    texts: Callable[[], Texts]
+    """Brings the texts, the same each time."""
 
 
 def lsh_edges(signatures: NDArray[Any], bands: int, rows: int) -> NDArray[np.int64]:
@@ -71,7 +57,9 @@ def near_duplicates(
         progressive = recipe.progressive
     masks: list[NDArray[np.bool_] | None] = [None] * len(batches)
     if progressive:
-        firsts = [partition(first_entries(_first(batch, recipe), batch.numbers), partitions) for batch in batches]
+        firsts = [
+            partition(first_entries(first_keys(batch.texts(), recipe), batch.numbers), partitions) for batch in batches
+        ]
         found = [shared(np.concatenate(part)) for part in zip(*firsts, strict=True)]
         masks = [wanted(found, batch.numbers, recipe.bands) for batch in batches]
     fulls = []
@@ -86,22 +74,13 @@ def near_duplicates(
     return merge_forests([checked_forest(part, similarity, check_jaccard) for part in parts])
 
 
-def _first(batch: Batch, recipe: Recipe) -> NDArray[np.uint64]:
-    return batch.first if batch.first is not None else first_keys(batch.get(), recipe)
-
-
 def _full(batch: Batch, some: NDArray[np.int64], recipe: Recipe, mask: NDArray[np.bool_] | None) -> NDArray[Any]:
     """Full keys of some rows of a batch, whose texts are not fetched where there is none."""
-    if batch.full is not None:
-        keys = batch.full[some]
-        if mask is not None:
-            keys[~mask[some]] = 0  # a band without company at its first rows has none as a whole
-        return keys
     if mask is None:
-        return full_keys(batch.get(), recipe)
+        return full_keys(batch.texts(), recipe)
     if len(some) == 0:
         return full_keys([], recipe)
-    return full_keys(_take(batch.get(), some), recipe, mask[some])
+    return full_keys(_take(batch.texts(), some), recipe, mask[some])
 
 
 def _take(texts: Texts, rows: NDArray[np.int64]) -> Texts:
@@ -118,7 +97,7 @@ def _fetcher(batches: Sequence[Batch]) -> Callable[[NDArray[np.int64]], Texts]:
         for batch in batches:
             rows = np.flatnonzero(np.isin(batch.numbers, numbers))
             if len(rows):
-                texts = minhash.strings(_take(batch.get(), rows))
+                texts = minhash.strings(_take(batch.texts(), rows))
                 found.update(zip(batch.numbers[rows].tolist(), texts, strict=True))
         return [found[number] for number in numbers.tolist()]
 

@@ -12,8 +12,7 @@ from functools import cache
 from typing import NamedTuple
 
 from . import general
-from .document import Document, Value
-from .general import Signal
+from .document import Document, Signal, Value
 from .languages import LANGUAGE_SIGNALS
 from .natural_language import detect_natural_language
 
@@ -23,7 +22,6 @@ __all__ = [
     "Document",
     "Signal",
     "Value",
-    "compute",
     "compute_document",
     "groups",
     "make_document",
@@ -101,27 +99,3 @@ def compute_document(document: Document) -> Computed:
                 continue
             result.values[name] = round(value, DECIMALS) if isinstance(value, float) else value
     return result
-
-
-def compute(
-    text: str,
-    *,
-    size_bytes: int,
-    doc_type: str,
-    language: str = "unknown",
-    path: str = "",
-    natural_language: str | None = None,
-    compat: bool = False,
-) -> Computed:
-    """All signals of a text; the arguments are those of make_document."""
-    return compute_document(
-        make_document(
-            text,
-            size_bytes=size_bytes,
-            doc_type=doc_type,
-            language=language,
-            path=path,
-            natural_language=natural_language,
-            compat=compat,
-        )
-    )

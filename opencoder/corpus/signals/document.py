@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..lexing import Split, split
+from ..lexing import Split, raw_lines, split
 from .characters import CharacterCounts, count_characters
 from .code_text import CodeLineCounts, count_code_lines
 from .prose import ProseCounts, count_prose
@@ -14,13 +15,6 @@ from .words import WordCounts, count_words
 
 Value = float | int | bool | None
 """What a signal gives; None where it has no value."""
-
-
-def raw_lines(text: str) -> list[str]:
-    """The text cut after each newline, which stays part of its line."""
-    lines = text.split("\n")
-    last = lines.pop()
-    return [line + "\n" for line in lines] + ([last] if last else [])
 
 
 def filled_lines(text: str) -> list[str]:
@@ -100,3 +94,11 @@ class Document:
     def strings(self) -> StringCounts:
         """Counts over the string literals of the code."""
         return count_strings(self.split.code)
+
+
+Signal = Callable[[Document], Value]
+
+
+def share(part: float, whole: float) -> float | None:
+    """part / whole; None if whole is 0."""
+    return part / whole if whole else None

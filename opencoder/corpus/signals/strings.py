@@ -48,6 +48,7 @@ def literals(code: str, *, across_lines: bool) -> Iterator[str]:
     """The insides of string literals, empty ones left out: from a quote to the next of its kind, triple quotes first,
     escapes unknown. Literals in single or double quotes end on their own line unless `across_lines`."""
     position, exhausted = 0, set[str]()
+    newline = -1  # the next one; looked for again only once passed: a line may hold many quotes
     opening = re.compile("['\"]")
     while (found := opening.search(code, position)) is not None:
         position = found.start()
@@ -57,7 +58,10 @@ def literals(code: str, *, across_lines: bool) -> Iterator[str]:
                 continue
             begin = position + len(mark)
             bound = len(code)
-            if len(mark) == 1 and not across_lines and (newline := code.find("\n", begin)) >= 0:
+            if len(mark) == 1 and not across_lines:
+                if newline < begin:
+                    newline = code.find("\n", begin)
+                    newline = len(code) if newline < 0 else newline
                 bound = newline
             end = code.find(mark, begin, bound)
             if end >= 0:

@@ -6,20 +6,21 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 from opencoder.corpus_config import CorpusConfig, ReadConfig
 from opencoder.errors import DataError
 
+from .. import json_lines
 from .opening import base_name, is_url, list_remote, local_path
 from .record import printable
 
 Kind = Literal["file", "jsonl", "parquet", "tar", "zip", "git", "unreadable"]
 
 SUFFIXES: dict[Kind, tuple[str, ...]] = {
-    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
+    "jsonl": json_lines.SUFFIXES,
     "parquet": (".parquet",),
     "tar": (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.zst", ".tzst", ".crate"),
     "zip": (".zip", ".whl"),
@@ -52,6 +53,10 @@ class Item:
     problem: str | None = None
     """Why it cannot be read, for kind `unreadable`."""
 
+    def plain(self) -> dict[str, object]:
+        """What `Item(**plain)` needs: fields that have their default are left out, for there may be millions of items."""
+        return {name: value for name in _FIELDS if (value := getattr(self, name)) != _DEFAULTS.get(name, _NONE)}
+
     @property
     def packed(self) -> bool:
         """Whether it holds more text than its size says."""
@@ -61,6 +66,11 @@ class Item:
         """The repository of a path by `read.repo_depth`."""
         folders = path.split("/")[:-1]
         return "/".join(folders[: read.repo_depth]) if 0 < read.repo_depth <= len(folders) else None
+
+
+_NONE = object()
+_FIELDS = [field.name for field in fields(Item)]
+_DEFAULTS = {field.name: field.default for field in fields(Item) if field.default is not MISSING}
 
 
 def find_items(inputs: list[str], config: CorpusConfig) -> list[Item]:

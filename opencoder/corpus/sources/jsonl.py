@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from opencoder.compressed import ERRORS, decompressed
 from opencoder.corpus_config import CorpusConfig
 
+from ..json_lines import object_of
 from .fields import documents
 from .items import Item
 from .opening import open_binary
@@ -30,7 +30,7 @@ def read_jsonl(item: Item, config: CorpusConfig) -> Iterator[Record]:
             for name, where, line in _lines(item, file, config):
                 if isinstance(line, Record):
                     yield line
-                elif not isinstance(row := _parsed(line), dict):
+                elif not isinstance(row := object_of(line), dict):
                     yield Record(name, item.source, size_bytes=len(line)).fail(f"{where} {row}")
                 else:
                     yield from documents(item, name, row, config)
@@ -41,19 +41,8 @@ def read_jsonl(item: Item, config: CorpusConfig) -> Iterator[Record]:
 def first_columns(item: Item) -> list[str]:
     """The keys of the first line; none if it cannot be told."""
     with open_binary(item.file) as packed, decompressed(packed, item.file) as file:
-        row = _parsed(file.readline(BLOCK) or b"{}")
+        row = object_of(file.readline(BLOCK) or b"{}")
     return list(row) if isinstance(row, dict) else []
-
-
-def _parsed(line: bytes) -> dict[str, Any] | str:
-    """The object of a line, or what is wrong with it."""
-    try:
-        row = json.loads(line)
-    except RecursionError:
-        return "is nested too deeply"
-    except ValueError as error:
-        return f"is not JSON: {error}"
-    return row if isinstance(row, dict) else f"is a JSON {type(row).__name__}, not an object"
 
 
 def _lines(item: Item, file: BinaryIO, config: CorpusConfig) -> Iterator[tuple[str, str, bytes | Record]]:

@@ -6,7 +6,6 @@ Memory, in bytes: exact about 400 per record of the corpus, groups about 200 per
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,17 +25,6 @@ from .shards import COPIES, NEAR, ShardTexts, write_by_shard
 NO_NUMBER = -1
 UNITS = 16
 """Repositories whose texts are in memory at one time."""
-
-
-class _Existing:
-    """The files of corpora to dedup against, from the parts of their clean/ folders; numbered from 0, before all others."""
-
-    def __init__(self, parts: Sequence[Path]) -> None:
-        tables = [pq.read_table(part, columns=["id", "path"]) for part in parts]
-        self.parts = parts
-        self.starts = np.cumsum([0, *map(len, tables)])
-        self.ids = pa.chunked_array([c for t in tables for c in t["id"].chunks], pa.string())
-        self.paths = pa.chunked_array([c for t in tables for c in t["path"].chunks], pa.string())
 
 
 class _Survivors(NamedTuple):
@@ -69,7 +57,7 @@ def exact(
     starts = np.cumsum([0, *map(len, metas)])
     rows, subset, units = _survivors(pa.concat_tables(metas), settings.dedup.level)
     del metas
-    known = _Existing(inputs[shards:])
+    known = dedup.read_existing(inputs[shards:])
     count = len(known.ids)
     # Of each row the file that it is a copy of: its place in `subset`, after those of the existing corpora; else NO_NUMBER.
     copy_of = np.full(len(subset), NO_NUMBER, np.int64)
@@ -131,7 +119,7 @@ def groups(inputs: list[Path], outputs: list[Path], *, shards: int) -> None:
     pairs = np.load(inputs[0])
     numbers = [np.load(path) for path in inputs[1 : 1 + shards]]
     starts = np.cumsum([0, *map(len, numbers)])
-    known = _Existing(inputs[1 + 2 * shards :])
+    known = dedup.read_existing(inputs[1 + 2 * shards :])
     count = len(known.ids)
     pairs = pairs[pairs[:, 1] >= count]
     rows_of = _rows_by_number(np.concatenate([np.empty(0, np.int64), *numbers]))

@@ -1,13 +1,17 @@
-"""Comment syntax of a language (comments.yaml), and the comments with which a text begins."""
+"""Comment syntax of a language at the head of a file (comments.yaml, comment_syntax.yaml), and the comments with which a text
+begins."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
+
+from ..lexing import syntax_table
 
 UNKNOWN = "unknown"
 MAX_LEADING = 100_000
@@ -31,6 +35,10 @@ class Syntax(NamedTuple):
     """What may stand before the header and stays."""
 
 
+_Markers = tuple[frozenset[str], frozenset[tuple[str, str]]]
+"""Of line and block comments."""
+
+
 class Comment(NamedTuple):
     """One block comment, or a run of line comments without a blank line between."""
 
@@ -44,35 +52,59 @@ class Comment(NamedTuple):
     """Closing marker; '' for line comments."""
 
 
+def _syntax(line: Iterable[str], block: Iterable[Sequence[str]], facts: dict[str, Any], common: list[str]) -> Syntax:
+    """`facts`: string and preamble of a family, if it has them."""
+    return Syntax(
+        tuple(sorted(line, key=len, reverse=True)),
+        tuple(sorted(((opening, closing) for opening, closing, *_ in block), key=lambda pair: -len(pair[0]))),
+        tuple(facts.get("string", [])),
+        re.compile("|".join(f"(?:{pattern})" for pattern in [*facts.get("preamble", []), *common])),
+    )
+
+
 @cache
-def _families() -> dict[str, Syntax]:
+def _named() -> tuple[dict[str, Syntax], dict[_Markers, Syntax], list[str]]:
+    """What comments.yaml says: language → syntax, markers → syntax of the first family that has them, common preamble."""
     data = yaml.safe_load((Path(__file__).parent / "comments.yaml").read_text(encoding="utf-8"))
-    common = data["common_preamble"]
-    found = {}
-    for facts in data["families"].values():
-        syntax = Syntax(
-            tuple(sorted(facts["line"], key=len, reverse=True)),
-            tuple(sorted(((a, b) for a, b in facts.get("block", [])), key=lambda pair: -len(pair[0]))),
-            tuple(facts.get("string", [])),
-            re.compile("|".join(f"(?:{pattern})" for pattern in [*facts.get("preamble", []), *common])),
-        )
+    common: list[str] = data["common_preamble"]
+    named: dict[str, Syntax] = {}
+    families: dict[_Markers, Syntax] = {}
+    for family, facts in data["families"].items():
+        syntax = _syntax(facts["line"], facts.get("block", []), facts, common)
+        families.setdefault(_markers(syntax), syntax)
         for language in facts["languages"]:
-            assert language not in found, f"comments.yaml names {language} twice"
-            found[language] = syntax
-        if facts["languages"] is data["families"][UNKNOWN]["languages"]:
-            found[UNKNOWN] = syntax
-    return found
+            assert language not in named, f"comments.yaml names {language} twice"
+            named[language] = syntax
+        if family == UNKNOWN:
+            named[UNKNOWN] = syntax
+    return named, families, common
 
 
+def _markers(syntax: Syntax) -> _Markers:
+    return frozenset(syntax.line), frozenset(syntax.block)
+
+
+def lexed_syntax(language: str) -> Syntax | None:
+    """The syntax with the markers that comment_syntax.yaml has for the language; None where it has none or a lexer of its own."""
+    entry = syntax_table().get(language)
+    if entry is None or "lexer" in entry:
+        return None
+    _, families, common = _named()
+    line = (mark if isinstance(mark, str) else mark[0] for mark in entry.get("lines", []))
+    syntax = _syntax(line, entry.get("blocks", []), {}, common)
+    return families.get(_markers(syntax), syntax)
+
+
+@cache
 def syntax_of(language: str) -> Syntax:
-    """The comment syntax of a language of languages.json; an unlisted one gets the common markers."""
-    families = _families()
-    return families.get(language, families[UNKNOWN])
+    """The comment syntax of a language of languages.json; one that no table names gets the common markers."""
+    named, _, _ = _named()
+    return named.get(language) or lexed_syntax(language) or named[UNKNOWN]
 
 
-def languages() -> set[str]:
+def named_languages() -> set[str]:
     """Every language that comments.yaml names."""
-    return set(_families()) - {UNKNOWN}
+    return set(_named()[0]) - {UNKNOWN}
 
 
 def leading_comments(text: str, syntax: Syntax) -> list[Comment]:

@@ -5,12 +5,10 @@ expressions of the published filter are hand-written scanners in csrc/text here:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from ..document import Document, Value
+from ..document import Signal
 from . import c_family, csharp, go, html, java, javascript, python
 
-LANGUAGE_SIGNALS: dict[str, dict[str, Callable[[Document], Value]]] = {
+LANGUAGE_SIGNALS: dict[str, dict[str, Signal]] = {
     "python": python.SIGNALS,
     "c": c_family.C_SIGNALS,
     "cpp": c_family.CPP_SIGNALS,

@@ -9,12 +9,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
-from ..document import Document, Value
-from .scanning import engine, share
+from ..document import Document, Signal, Value
+from .scanning import counted_once, engine, share_of_lines
 
 HEADER_EXTENSIONS = frozenset({"h", "hpp", "hxx", "hh", "h++"})
 """Headers may consist of directives."""
@@ -45,64 +43,35 @@ class CCounts(NamedTuple):
     """Whether something looks like a variable's declaration."""
 
 
-@lru_cache(maxsize=1)
-def _count(code: str, strict: bool) -> CCounts:
-    return CCounts(*engine().scan_c(code, strict))
-
-
-def counts(document: Document) -> CCounts:
-    """The counts of a document, worked out once."""
-    return _count(document.split.code, not document.compat)
-
-
-def _func_ratio(d: Document) -> Value:
-    n = counts(d)
-    return share(n.functions, n.lines)
-
-
-def _no_logic(d: Document) -> Value:
-    n = counts(d)
-    return share(n.functions + n.includes + n.variables + n.returns + n.classes, n.lines)
+counts = counted_once(lambda code, strict: CCounts(*engine().scan_c(code, strict)))
+"""Of a document."""
 
 
 def _directives(d: Document) -> Value:
-    n = counts(d)
-    return None if d.extension in HEADER_EXTENSIONS else share(n.directives, n.lines)
+    return None if d.extension in HEADER_EXTENSIONS else _DIRECTIVES(d)
 
 
 def _bits_header(d: Document) -> Value:
     return "bits/stdc++.h" in d.split.code.lstrip()[:200].lower()[:200]
 
 
-def _print_c(d: Document) -> Value:
-    n = counts(d)
-    return share(n.printfs, n.lines)
-
-
-def _print_cpp(d: Document) -> Value:
-    n = counts(d)
-    return share(n.couts, n.lines)
-
-
-def _goto(d: Document) -> Value:
-    n = counts(d)
-    return share(n.gotos, n.lines)
-
-
-_SHARED: dict[str, Callable[[Document], Value]] = {
-    "frac_lines_func_ratio": _func_ratio,
+_DIRECTIVES = share_of_lines(counts, lambda n: n.directives)
+_SHARED: dict[str, Signal] = {
+    "frac_lines_func_ratio": share_of_lines(counts, lambda n: n.functions),
     "cate_bitsstdc": _bits_header,
     "nums_lines_main": lambda d: counts(d).mains,
-    "frac_lines_goto": _goto,
+    "frac_lines_goto": share_of_lines(counts, lambda n: n.gotos),
     "cate_var_zero": lambda d: not counts(d).any_variable,
-    "score_lines_no_logic": _no_logic,
+    "score_lines_no_logic": share_of_lines(
+        counts, lambda n: n.functions + n.includes + n.variables + n.returns + n.classes
+    ),
     "frac_lines_preprocessor_directives": _directives,
 }
-C_SIGNALS: dict[str, Callable[[Document], Value]] = {
+C_SIGNALS: dict[str, Signal] = {
     **{f"qsc_codec_{name}": function for name, function in _SHARED.items()},
-    "qsc_codec_frac_lines_print": _print_c,
+    "qsc_codec_frac_lines_print": share_of_lines(counts, lambda n: n.printfs),
 }
-CPP_SIGNALS: dict[str, Callable[[Document], Value]] = {
+CPP_SIGNALS: dict[str, Signal] = {
     **{f"qsc_codecpp_{name}": function for name, function in _SHARED.items()},
-    "qsc_codecpp_frac_lines_print": _print_cpp,
+    "qsc_codecpp_frac_lines_print": share_of_lines(counts, lambda n: n.couts),
 }

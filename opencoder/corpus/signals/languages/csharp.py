@@ -8,12 +8,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
-from ..document import Document, Value
-from .scanning import engine, share
+from ..document import Signal
+from .scanning import counted_once, engine, share_of_lines
 
 
 class CSharpCounts(NamedTuple):
@@ -32,34 +30,14 @@ class CSharpCounts(NamedTuple):
     """Lines with Console.WriteLine."""
 
 
-@lru_cache(maxsize=1)
-def _count(code: str, strict: bool) -> CSharpCounts:
-    return CSharpCounts(*engine().scan_csharp(code, strict))
+counts = counted_once(lambda code, strict: CSharpCounts(*engine().scan_csharp(code, strict)))
+"""Of a document."""
 
-
-def counts(document: Document) -> CSharpCounts:
-    """The counts of a document, worked out once."""
-    return _count(document.split.code, not document.compat)
-
-
-def _func_ratio(d: Document) -> Value:
-    n = counts(d)
-    return share(n.functions, n.lines)
-
-
-def _no_logic(d: Document) -> Value:
-    n = counts(d)
-    return share(n.functions + n.usings + n.simple_variables + n.returns + n.classes, n.lines)
-
-
-def _print(d: Document) -> Value:
-    n = counts(d)
-    return share(n.prints, n.lines)
-
-
-SIGNALS: dict[str, Callable[[Document], Value]] = {
-    "qsc_codecsharp_frac_lines_func_ratio": _func_ratio,
+SIGNALS: dict[str, Signal] = {
+    "qsc_codecsharp_frac_lines_func_ratio": share_of_lines(counts, lambda n: n.functions),
     "qsc_codecsharp_cate_var_zero": lambda d: not d.compat and counts(d).variables == 0,
-    "qsc_codecsharp_score_lines_no_logic": _no_logic,
-    "qsc_codecsharp_frac_lines_print": _print,
+    "qsc_codecsharp_score_lines_no_logic": share_of_lines(
+        counts, lambda n: n.functions + n.usings + n.simple_variables + n.returns + n.classes
+    ),
+    "qsc_codecsharp_frac_lines_print": share_of_lines(counts, lambda n: n.prints),
 }

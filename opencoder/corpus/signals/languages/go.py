@@ -9,12 +9,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
-from ..document import Document, Value
-from .scanning import engine, share
+from ..document import Document, Signal, Value, share
+from .scanning import counted_once, engine, share_of_lines
 
 
 class GoCounts(NamedTuple):
@@ -36,19 +34,8 @@ class GoCounts(NamedTuple):
     """Lines with fmt.Print."""
 
 
-@lru_cache(maxsize=1)
-def _count(code: str) -> GoCounts:
-    return GoCounts(*engine().scan_go(code))
-
-
-def counts(document: Document) -> GoCounts:
-    """The counts of a document, worked out once."""
-    return _count(document.split.code)
-
-
-def _func_ratio(d: Document) -> Value:
-    n = counts(d)
-    return share(n.functions, n.lines)
+counts = counted_once(lambda code, strict: GoCounts(*engine().scan_go(code)))
+"""Of a document."""
 
 
 def _no_logic(d: Document) -> Value:
@@ -57,15 +44,10 @@ def _no_logic(d: Document) -> Value:
     return share(n.functions + imports + n.simple_variables + n.returns + n.types, n.lines)
 
 
-def _print(d: Document) -> Value:
-    n = counts(d)
-    return share(n.prints, n.lines)
-
-
-SIGNALS: dict[str, Callable[[Document], Value]] = {
+SIGNALS: dict[str, Signal] = {
     "qsc_codego_cate_testfile": lambda d: d.file_name.lower().endswith("_test.go"),
-    "qsc_codego_frac_lines_func_ratio": _func_ratio,
+    "qsc_codego_frac_lines_func_ratio": share_of_lines(counts, lambda n: n.functions),
     "qsc_codego_cate_var_zero": lambda d: not d.compat and counts(d).variables == 0,
     "qsc_codego_score_lines_no_logic": _no_logic,
-    "qsc_codego_frac_lines_print": _print,
+    "qsc_codego_frac_lines_print": share_of_lines(counts, lambda n: n.prints),
 }

@@ -6,12 +6,11 @@ false only for pages that html.parser refuses (an unknown marked section, `<![â€
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache, lru_cache
 from html.entities import html5
 from typing import Any
 
-from ..document import Document, Value
+from ..document import Document, Signal, Value
 from .scanning import engine
 
 
@@ -33,7 +32,7 @@ def _text_share(d: Document) -> Value:
     return None if length is None or not d.text else length / len(d.text)
 
 
-SIGNALS: dict[str, Callable[[Document], Value]] = {
+SIGNALS: dict[str, Signal] = {
     "qsc_codehtml_cate_ast": lambda d: visible_characters(d.text) is not None,
     "qsc_codehtml_frac_words_text": _text_share,
     "qsc_codehtml_num_chars_text": lambda d: visible_characters(d.text),

@@ -9,12 +9,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
-from ..document import Document, Value
-from .scanning import engine, share
+from ..document import Document, Signal, Value, share
+from .scanning import counted_once, engine, share_of_lines
 
 
 class JavaCounts(NamedTuple):
@@ -46,24 +44,8 @@ class JavaCounts(NamedTuple):
     accessible_classes: int
 
 
-@lru_cache(maxsize=1)
-def _count(code: str, strict: bool) -> JavaCounts:
-    return JavaCounts(*engine().scan_java(code, strict))
-
-
-def counts(document: Document) -> JavaCounts:
-    """The counts of a document, worked out once."""
-    return _count(document.split.code, not document.compat)
-
-
-def _func_ratio(d: Document) -> Value:
-    n = counts(d)
-    return share(n.functions, n.lines)
-
-
-def _no_logic(d: Document) -> Value:
-    n = counts(d)
-    return share(n.functions + n.imports + n.simple_variables + n.returns + n.classes, n.lines)
+counts = counted_once(lambda code, strict: JavaCounts(*engine().scan_java(code, strict)))
+"""Of a document."""
 
 
 def _no_modifier(d: Document) -> Value:
@@ -87,18 +69,15 @@ def _class_names(d: Document) -> Value:
     return share(n.class_names, n.classes)
 
 
-def _print(d: Document) -> Value:
-    n = counts(d)
-    return share(n.prints, n.lines)
-
-
-SIGNALS: dict[str, Callable[[Document], Value]] = {
+SIGNALS: dict[str, Signal] = {
     "qsc_codejava_cate_var_zero": lambda d: counts(d).variables == 0,
-    "qsc_codejava_frac_lines_func_ratio": _func_ratio,
-    "qsc_codejava_score_lines_no_logic": _no_logic,
+    "qsc_codejava_frac_lines_func_ratio": share_of_lines(counts, lambda n: n.functions),
+    "qsc_codejava_score_lines_no_logic": share_of_lines(
+        counts, lambda n: n.functions + n.imports + n.simple_variables + n.returns + n.classes
+    ),
     "qsc_codejava_frac_words_no_modifier": _no_modifier,
     "qsc_codejava_frac_words_legal_var_name": _variable_names,
     "qsc_codejava_frac_words_legal_func_name": _function_names,
     "qsc_codejava_frac_words_legal_class_name": _class_names,
-    "qsc_codejava_frac_lines_print": _print,
+    "qsc_codejava_frac_lines_print": share_of_lines(counts, lambda n: n.prints),
 }

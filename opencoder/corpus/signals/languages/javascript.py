@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..document import Document, Value
-from .scanning import engine, share
+from ..document import Document, Signal, Value, share
+from .scanning import counted_once, engine, share_of_lines
 
 MAX_CHARACTERS = 3_000_000
 """Larger files are dropped for their size anyway."""
@@ -257,17 +257,22 @@ def declarations(text: str, compat: bool) -> Declarations | None:
     return found
 
 
-@lru_cache(maxsize=1)
-def _lines(code: str) -> tuple[int, int]:
-    lines, logs = engine().scan_lines(code, "console.log")
-    return lines, logs
+class LogCounts(NamedTuple):
+    """Counts over the lines of the code."""
+
+    lines: int
+    logs: int
+    """Lines with console.log."""
 
 
-def _of_lines(count: Callable[[Declarations], int]) -> Callable[[Document], Value]:
+_lines = counted_once(lambda code, strict: LogCounts(*engine().scan_lines(code, "console.log")))
+
+
+def _of_lines(count: Callable[[Declarations], int]) -> Signal:
     """A signal: a count over the number of code lines."""
 
     def signal(d: Document) -> Value:
-        lines = _lines(d.split.code)[0]
+        lines = _lines(d).lines
         if lines == 0:
             return None
         found = declarations(d.text, d.compat)
@@ -276,7 +281,7 @@ def _of_lines(count: Callable[[Declarations], int]) -> Callable[[Document], Valu
     return signal
 
 
-def _well_named(names: Callable[[Declarations], list[str]], pattern: re.Pattern[str]) -> Callable[[Document], Value]:
+def _well_named(names: Callable[[Declarations], list[str]], pattern: re.Pattern[str]) -> Signal:
     """A signal: the share of names that fit a pattern."""
 
     def signal(d: Document) -> Value:
@@ -297,12 +302,7 @@ def _no_variable(d: Document) -> Value:
     return None if found is None else not found.variables
 
 
-def _print(d: Document) -> Value:
-    lines, logs = _lines(d.split.code)
-    return share(logs, lines)
-
-
-SIGNALS: dict[str, Callable[[Document], Value]] = {
+SIGNALS: dict[str, Signal] = {
     "qsc_codejavascript_cate_ast": _parses,
     "qsc_codejavascript_cate_var_zero": _no_variable,
     "qsc_codejavascript_frac_lines_func_ratio": _of_lines(lambda f: len(f.functions)),
@@ -313,5 +313,5 @@ SIGNALS: dict[str, Callable[[Document], Value]] = {
     "qsc_codejavascript_frac_words_legal_var_name": _well_named(lambda f: f.variables, _VARIABLE_NAME),
     "qsc_codejavascript_frac_words_legal_func_name": _well_named(lambda f: f.functions, _FUNCTION_NAME),
     "qsc_codejavascript_frac_words_legal_class_name": _well_named(lambda f: f.classes, _CLASS_NAME),
-    "qsc_codejavascript_frac_lines_print": _print,
+    "qsc_codejavascript_frac_lines_print": share_of_lines(_lines, lambda n: n.logs),
 }

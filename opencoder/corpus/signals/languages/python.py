@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..document import Document, Value
-from .scanning import engine, share
+from ..document import Document, Signal, Value, share
+from .scanning import counted_once, engine, share_of_lines
 
 MAX_CHARACTERS = 3_000_000
 """A tree takes about a hundred times its text; larger files are dropped for their size anyway."""
@@ -177,49 +177,39 @@ def tree_counts(text: str, compat: bool) -> TreeCounts | None:
     return n
 
 
-@lru_cache(maxsize=1)
-def _lines(code: str, strict: bool) -> LineCounts:
-    return LineCounts(*engine().scan_python(code, strict))
-
-
-def line_counts(document: Document) -> LineCounts:
-    """Counts over the code lines of a document, worked out once."""
-    return _lines(document.split.code, not document.compat)
+line_counts = counted_once(lambda code, strict: LineCounts(*engine().scan_python(code, strict)))
+"""Of a document."""
 
 
 def _tree(d: Document) -> TreeCounts | None:
     return tree_counts(d.text, d.compat)
 
 
-def _func_ratio(d: Document) -> Value:
-    n = _tree(d)
-    return None if n is None else share(n.functions, line_counts(d).lines)
+def _of_tree(count: Callable[[TreeCounts], int]) -> Signal:
+    """A signal: a count over the tree, over the number of code lines."""
+
+    def signal(d: Document) -> Value:
+        n = _tree(d)
+        return None if n is None else share(count(n), line_counts(d).lines)
+
+    return signal
 
 
-def _simple_functions(d: Document) -> Value:
-    n = _tree(d)
-    return None if n is None else share(n.simple_functions, line_counts(d).lines)
+def _by_mode(lines_with: Callable[[LineCounts], int], statements: Signal) -> Signal:
+    """A signal: in compat mode the share of lines with some letters, 0 where there is no line; by default that of statements."""
+
+    def signal(d: Document) -> Value:
+        if not d.compat:
+            return statements(d)
+        n = line_counts(d)
+        return share(lines_with(n), n.lines) or 0.0
+
+    return signal
 
 
 def _no_variable(d: Document) -> Value:
     n = _tree(d)
     return None if n is None else not n.any_variable
-
-
-def _passes(d: Document) -> Value:
-    lines = line_counts(d)
-    if d.compat:
-        return lines.passes / lines.lines if lines.lines else 0.0
-    n = _tree(d)
-    return None if n is None else share(n.passes, lines.lines)
-
-
-def _imports(d: Document) -> Value:
-    lines = line_counts(d)
-    if d.compat:
-        return lines.imports / lines.lines if lines.lines else 0.0
-    n = _tree(d)
-    return None if n is None else share(n.imports, lines.lines)
 
 
 def _no_logic(d: Document) -> Value:
@@ -230,18 +220,13 @@ def _no_logic(d: Document) -> Value:
     return share(n.functions + imports + n.classes + returns + n.class_variables, lines.lines)
 
 
-def _print(d: Document) -> Value:
-    lines = line_counts(d)
-    return share(lines.prints, lines.lines)
-
-
-SIGNALS: dict[str, Callable[[Document], Value]] = {
+SIGNALS: dict[str, Signal] = {
     "qsc_codepython_cate_ast": lambda d: _tree(d) is not None,
-    "qsc_codepython_frac_lines_func_ratio": _func_ratio,
+    "qsc_codepython_frac_lines_func_ratio": _of_tree(lambda n: n.functions),
     "qsc_codepython_cate_var_zero": _no_variable,
-    "qsc_codepython_frac_lines_pass": _passes,
-    "qsc_codepython_frac_lines_import": _imports,
-    "qsc_codepython_frac_lines_simplefunc": _simple_functions,
+    "qsc_codepython_frac_lines_pass": _by_mode(lambda n: n.passes, _of_tree(lambda n: n.passes)),
+    "qsc_codepython_frac_lines_import": _by_mode(lambda n: n.imports, _of_tree(lambda n: n.imports)),
+    "qsc_codepython_frac_lines_simplefunc": _of_tree(lambda n: n.simple_functions),
     "qsc_codepython_score_lines_no_logic": _no_logic,
-    "qsc_codepython_frac_lines_print": _print,
+    "qsc_codepython_frac_lines_print": share_of_lines(line_counts, lambda n: n.prints),
 }
