@@ -47,7 +47,6 @@ def _check_available(config: Config) -> None:
         f"parallel.virtual_stages={p.virtual_stages}": p.virtual_stages > 1,
         f"parallel.schedule={p.schedule}": p.schedule != "1f1b",
         "parallel.layout": p.layout is not None,
-        "parallel.sharded_optimizer=true": p.sharded_optimizer,
         f"model.head.kind={config.model.head.kind}": config.model.head.kind != "vocab",
         f"data.kind={d.kind}": d.kind != "lm",
         "data.fim": d.fim is not None,

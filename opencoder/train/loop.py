@@ -22,7 +22,7 @@ from opencoder.files import write_text
 from opencoder.model.decoder import named_parameters
 from opencoder.model.initialise import build_model
 from opencoder.optim.base import Optimizer
-from opencoder.optim.optimizer import ReplicatedOptimizer
+from opencoder.optim.build import build_optimizer
 from opencoder.optim.schedule import lr_at
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import placement_of
@@ -51,7 +51,13 @@ class Trainer:
         self.model = build_model(
             config.model, mesh, dtype=self.dtype, device=device, seed=t.seed, recompute=t.recompute
         )
-        self.optimizer: Optimizer = ReplicatedOptimizer(named_parameters(self.model), config.optim, mesh)
+        self.optimizer: Optimizer = build_optimizer(
+            named_parameters(self.model),
+            config.optim,
+            mesh,
+            sharded=config.parallel.sharded_optimizer,
+            modules=[self.model],
+        )
         self.saver = Saver(self.run_dir, config.checkpoint, mesh, timeout_s=t.timeout_s, say=self._say)
         self.save_wait_s = 0.0
         """Seconds that training has waited for checkpoints since the last row of metrics."""

@@ -48,7 +48,8 @@ def weights_of(model: Decoder) -> Tensors:
 
 
 def tensors_of(model: Decoder, optimizer: Optimizer) -> Tensors:
-    """Every tensor of a checkpoint."""
+    """Every tensor of a checkpoint, its weights those of the last update."""
+    optimizer.wait_weights()
     return {**weights_of(model), **optimizer.state_tensors()}
 
 
