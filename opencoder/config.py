@@ -289,7 +289,7 @@ class OptimConfig(Branch):
     """wsd: length of the tail at the end of the run. cosine: always up to the end of the run."""
     decay_shape: Literal["exponential", "exponential_megatron", "linear", "cosine", "minus_sqrt"] = "exponential"
     groups: list[ParameterGroup] = []
-    """Settings for some of the parameters (not available yet)."""
+    """Settings for some of the parameters."""
 
 
 class CheckpointConfig(Branch):

@@ -60,7 +60,6 @@ def _check_available(config: Config) -> None:
         "train.skip": t.skip is not None,
         f"train.timeout_s={t.timeout_s:g}": t.timeout_s != 600,
         f"train.memory_check={t.memory_check}": t.memory_check != "warn",
-        "optim.groups": bool(config.optim.groups),
         f"optim.name={config.optim.name}": config.optim.name == "lars",
         f"optim.schedule={config.optim.schedule}": config.optim.schedule == "fccs",
         "checkpoint.fork": c.fork is not None,

@@ -51,23 +51,21 @@ def settings_of(key: str, placement: Placement, config: OptimConfig) -> Settings
 
 
 def check_groups(config: OptimConfig, keys: Iterable[str]) -> None:
-    """ConfigError for one of `optim.groups` that is first for no parameter; `keys`: those of the whole model."""
-    unused = dict.fromkeys(group.match for group in config.groups)
-    for key in (all_keys := list(keys)):
-        first = next((group.match for group in config.groups if fnmatchcase(key, group.match)), None)
-        unused.pop(first or "", None)
-    if unused:
-        match = next(iter(unused))
-        taken = any(fnmatchcase(key, match) for key in all_keys)
-        raise ConfigError(
-            f"optim.groups: match={match!r} "
-            + (
-                "comes after groups that match the same parameters: put it"
-                if taken
-                else "matches no parameter: write it"
+    """ConfigError for one of `optim.groups` that is the first match of no parameter; `keys`: those of the whole model."""
+    keys = list(keys)
+    for i, group in enumerate(config.groups):
+        matched = [key for key in keys if fnmatchcase(key, group.match)]
+        if not matched:
+            raise ConfigError(
+                f"optim.groups.{i}: match={group.match!r} matches no parameter: write it like the checkpoint keys, for "
+                f"example {keys[-1]!r} or '*.mlp.*'"
             )
-            + (" before them" if taken else f" like the checkpoint keys, for example {all_keys[-1]!r} or '*.mlp.*'")
-        )
+        earlier = [other.match for other in config.groups[:i]]
+        if all(any(fnmatchcase(key, match) for match in earlier) for key in matched):
+            raise ConfigError(
+                f"optim.groups.{i}: all that match={group.match!r} matches belongs to a group before it, and the first that "
+                "matches counts: put it before them"
+            )
 
 
 def clip_factor(norm: torch.Tensor, config: OptimConfig) -> torch.Tensor:

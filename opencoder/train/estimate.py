@@ -11,7 +11,8 @@ import torch
 
 from opencoder import kernels as K
 from opencoder.config import Config, data_parallel_size
-from opencoder.model.decoder import Decoder
+from opencoder.model.decoder import Decoder, named_parameters
+from opencoder.optim.update import check_groups
 from opencoder.parallel.mesh import Mesh, pretend_mesh
 from opencoder.parallel.placement import placement_of
 
@@ -48,6 +49,7 @@ def estimate(config: Config, world_size: int) -> Estimate:
     mesh = pretend_mesh(world_size=world_size, tp=p.tp, pp=p.pp, cp=p.cp)
     with torch.device("meta"):
         model = Decoder(m, mesh)
+    check_groups(config.optim, named_parameters(model))
     parameters = list(model.parameters())
     total = sum(torch.Size(placement_of(q).global_shape).numel() for q in parameters)
     mine = sum(q.numel() for q in parameters)

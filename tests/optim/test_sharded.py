@@ -84,7 +84,8 @@ def whole(results: list[Any]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("world", "tp"), [(2, 1), (4, 1), (4, 2)], ids=["dp2", "dp4", "dp2-tp2"])
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_five_steps_equal_the_unsharded_optimizer(world: int, tp: int, name: str) -> None:
-    config = OptimConfig(name=name, clip_norm=0.1, weight_decay=0.1)
+    groups = [{"match": "*.mlp.*", "lr_scale": 0.5, "weight_decay": 0.3}]
+    config = OptimConfig(name=name, clip_norm=0.1, weight_decay=0.1, groups=groups)
     found = run_cases(trained, world, {str(sharded): (tp, sharded, torch.float64, config) for sharded in (False, True)})
     truth = whole(found["False"])
     ours = whole(found["True"])
