@@ -57,7 +57,7 @@ def _check_available(config: Config) -> None:
         f"model.init={config.model.init}": config.model.init != "normal",
         f"train.recompute={t.recompute}": str(t.recompute) not in ("none", "full"),
         f"train.z_loss={t.z_loss}": t.z_loss != 0,
-        "train.skip": t.skip is not None,
+        "train.skip.on_stop=rewind": t.skip is not None and t.skip.on_stop != "stop",
         f"train.timeout_s={t.timeout_s:g}": t.timeout_s != 600,
         f"train.memory_check={t.memory_check}": t.memory_check != "warn",
         f"optim.name={config.optim.name}": config.optim.name == "lars",

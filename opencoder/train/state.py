@@ -32,13 +32,26 @@ class RunState:
     saved_step: int | None = None
     """Step of the newest checkpoint that this state was read from or written to."""
 
+    skipped: list[int] = field(default_factory=list)
+    """Steps, from 1, whose update was left out."""
+    guard: dict[str, Any] | None = None
+    """What the guard remembers, as of the newest checkpoint."""
+
+    def skipped_in_a_row(self) -> int:
+        """Steps up to the newest whose update was left out."""
+        n = 0
+        while n < len(self.skipped) and self.skipped[-1 - n] == self.step - n:
+            n += 1
+        return n
+
     def for_checkpoint(self, config: Config) -> dict[str, Any]:
         """What stands in the checkpoint's state.json beside the step."""
         return {
             "tokens": self.tokens,
             "consumed_samples": self.step * config.train.global_batch_size,
             "stages": self.stages,
-            "skipped_batches": [],
+            "skipped_batches": list(self.skipped),
+            "guard": self.guard,
         }
 
 
@@ -78,7 +91,14 @@ def restore(
     step = saved["step"]
     optimizer.set_step_count(step)
     say(f"resumed from {found} at step {step}")
-    return RunState(step, saved["tokens"], plan_stages(config, saved["stages"]), saved_step=step)
+    return RunState(
+        step,
+        saved["tokens"],
+        plan_stages(config, saved["stages"]),
+        saved_step=step,
+        skipped=saved.get("skipped_batches", []),
+        guard=saved.get("guard"),
+    )
 
 
 def _check_same_data(before: Config, config: Config) -> None:
