@@ -310,9 +310,9 @@ class CheckpointConfig(Branch):
     """Checkpoint, run or Hugging Face folder to take the initial weights from (weights only)."""
     fork: str | None = None
     """Checkpoint or run folder to go on from in a new run_dir: weights, optimizer state and position, with this configuration's
-    schedule (not available yet)."""
+    schedule."""
     seed: bool = False
-    """Write the checkpoint of step 0, from which any layout starts, and end (not available yet)."""
+    """Write the checkpoint of step 0, from which any layout starts, and end."""
 
 
 class LogConfig(Branch):

@@ -35,11 +35,12 @@ def validate(config: Config, world_size: int) -> None:
     _check_model(config)
     _check_batches(config, data_parallel_size(config, world_size))
     _check_schedule(config)
+    _check_checkpoint(config)
 
 
 def _check_available(config: Config) -> None:
     """Refuse what the tree can say but this version cannot do, so that no key is silently without effect."""
-    p, d, t, c = config.parallel, config.data, config.train, config.checkpoint
+    p, d, t = config.parallel, config.data, config.train
     missing = {
         f"parallel.pp={p.pp}": p.pp > 1,
         f"parallel.cp={p.cp}": p.cp > 1,
@@ -62,8 +63,6 @@ def _check_available(config: Config) -> None:
         f"train.memory_check={t.memory_check}": t.memory_check != "warn",
         f"optim.name={config.optim.name}": config.optim.name == "lars",
         f"optim.schedule={config.optim.schedule}": config.optim.schedule == "fccs",
-        "checkpoint.fork": c.fork is not None,
-        "checkpoint.seed=true": c.seed,
     }
     for key, asked in missing.items():
         if asked:
@@ -126,4 +125,13 @@ def _check_schedule(config: Config) -> None:
     if o.schedule == "wsd" and o.decay_steps and o.decay_shape == "exponential" and o.min_lr == 0:
         raise ConfigError(
             "optim.decay_shape=exponential needs optim.min_lr > 0: lr = peak·(min/peak)^r never reaches 0"
+        )
+
+
+def _check_checkpoint(config: Config) -> None:
+    c = config.checkpoint
+    if c.fork is not None and c.load is not None:
+        raise ConfigError(
+            "checkpoint.fork and checkpoint.load are both set: fork goes on with optimizer state and position, load takes "
+            "weights alone; remove one"
         )

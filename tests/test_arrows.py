@@ -87,6 +87,7 @@ DISTRIBUTED = {
     "opencoder/checkpoint/together.py",
     "opencoder/checkpoint/native.py",
     "opencoder/checkpoint/hf.py",
+    "opencoder/checkpoint/hf_export.py",
 }
 
 

@@ -84,8 +84,7 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         (["train.skip={on_stop: rewind}"], 1, "train.skip.on_stop=rewind is not available"),
         (["train.timeout_s=60"], 1, "train.timeout_s=60 is not available"),
         (["train.memory_check=refuse"], 1, "train.memory_check=refuse is not available"),
-        (["checkpoint.fork=r"], 1, "checkpoint.fork is not available"),
-        (["checkpoint.seed=true"], 1, "checkpoint.seed=true is not available"),
+        (["checkpoint.fork=r", "checkpoint.load=r"], 1, "checkpoint.fork and checkpoint.load are both set"),
     ],
 )
 def test_rules_between_fields(config_file: Path, overrides: list[str], world_size: int, says: str) -> None:

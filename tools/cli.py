@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("opencoder.tools.demo", "the whole path on the Python standard library, in minutes"),
     "bench-kernels": ("opencoder.tools.bench_kernels", "the kernels beside eager torch, torch.compile and others"),
     "bench-train": ("opencoder.tools.bench_train", "training speed and memory beside transformers"),
+    "bench-checkpoint": ("opencoder.tools.bench_checkpoint", "saving and loading beside the disk's own rate"),
     "bench-corpus": ("opencoder.tools.bench_corpus", "signals and verdicts, MinHash and dedup beside datasketch"),
     "fetch-sources": ("opencoder.tools.fetch_sources", "real code from Debian and PyPI to measure the pipeline on"),
     "bench-sources": ("opencoder.tools.bench_sources", "reading speed of folders, archives and repositories"),

@@ -1,7 +1,11 @@
-"""`opencoder convert`: checkpoints to and from Hugging Face format."""
+"""`opencoder convert`: checkpoints to and from Hugging Face format.
+
+An export may run on several processes, each of which writes its share of the files:
+`torchrun --nproc-per-node 4 -m opencoder.tools.convert_checkpoint --from native --to hf …`"""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,16 +28,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not Path(args.input).is_dir():
         raise UserError(f"--input {args.input} is not a folder")
 
-    from opencoder.checkpoint import hf
-
     if args.target_format == "hf":
-        written = hf.export(args.input, args.output, dtype=args.dtype)
-    else:
-        if args.dtype is not None:
-            raise UserError("--dtype is for export to hf; an import keeps the type of the tensors")
-        written = hf.import_(args.input, args.output)
-    print(f"wrote {written}")
+        _export(args)
+        return 0
+    if args.dtype is not None:
+        raise UserError("--dtype is for export to hf; an import keeps the type of the tensors")
+
+    from opencoder.checkpoint import hf
+    from opencoder.train.environment import world_size
+
+    if world_size() > 1:
+        raise UserError(f"an import runs in one process, not in {world_size()}: start it without torchrun")
+    print(f"wrote {hf.import_(args.input, args.output)}")
     return 0
+
+
+def _export(args: Namespace) -> None:
+    from opencoder.checkpoint import hf_export
+    from opencoder.parallel.group import Records, start_processes, stop_processes, world_group
+    from opencoder.train.environment import TIMEOUT_S, world_size
+
+    if world_size() > 1:
+        start_processes("cpu", timeout_s=TIMEOUT_S)
+    try:
+        world = world_group(Records())
+        written = hf_export.export(args.input, args.output, dtype=args.dtype, world=world)
+        if world.rank == 0:
+            print(f"wrote {written}")
+    finally:
+        stop_processes()
 
 
 if __name__ == "__main__":

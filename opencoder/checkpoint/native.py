@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def finish(temporary: Path, folder: Path, known: dict[str, FileFacts]) -> None:
     replace_directory(temporary, folder)
 
 
-def write_parts(folder: Path, parts: dict[str, GlobalPart], world: Group) -> dict[str, FileFacts]:
+def write_parts(folder: Path, parts: Mapping[str, GlobalPart], world: Group) -> dict[str, FileFacts]:
     """Write `parts` from all ranks; boxes that several hold are written once. Returns this rank's files.
 
     An error on one rank is raised on all as torch's CheckpointException; what may fail on one rank alone comes before."""

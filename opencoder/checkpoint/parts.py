@@ -6,7 +6,7 @@ optimizer's) up to three. Boxes that several ranks hold are written by one of th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -65,6 +65,25 @@ class GlobalPart(torch.Tensor):
     def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
         assert index.offset is not None, index
         return self.boxes[tuple(index.offset)]
+
+
+class UnreadPart(GlobalPart):
+    """A whole tensor to be saved, which `read` gets when its turn to be written comes."""
+
+    read: Callable[[], torch.Tensor]
+
+    @staticmethod
+    def __new__(cls, global_shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], torch.Tensor]) -> UnreadPart:
+        """`read()` returns a tensor of that shape and type."""
+        part: UnreadPart = torch.Tensor._make_wrapper_subclass(cls, global_shape, dtype=dtype)
+        part.read = read
+        return part
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size([0] * self.dim()), self.size())]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        return self.read()
 
 
 def global_part(part: Part, mesh: Mesh) -> GlobalPart:

@@ -17,7 +17,7 @@ from opencoder.checkpoint.saver import Saver
 from opencoder.config import Config
 from opencoder.console import ProgressBar
 from opencoder.data.loader import BatchLoader, MicroBatch
-from opencoder.errors import Failure
+from opencoder.errors import ConfigError, Failure
 from opencoder.files import write_text
 from opencoder.model.decoder import named_parameters
 from opencoder.model.initialise import build_model
@@ -91,7 +91,10 @@ class Trainer:
     # ---- the run ----
 
     def run(self) -> None:
-        """Train to the last step, or until asked to stop."""
+        """Train to the last step, or until asked to stop; with `checkpoint.seed`, save step 0 and no more."""
+        if self.config.checkpoint.seed:
+            self._save_seed()
+            return
         if self.state.step >= self.total_steps:
             self._say(f"the run already has {self.state.step} of {self.total_steps} steps: nothing to do")
             return
@@ -129,6 +132,17 @@ class Trainer:
             signals.restore()
             if metrics is not None:
                 metrics.close()
+
+    def _save_seed(self) -> None:
+        """Initial weights depend on no layout, nor does what is made of them here."""
+        if self.state.step > 0:
+            raise ConfigError(
+                f"checkpoint.seed=true, but {self.run_dir} is at step {self.state.step}: choose an empty run_dir, or remove "
+                "checkpoint.seed to go on"
+            )
+        self.save()
+        self.saver.wait()
+        self._say("the checkpoint of step 0 is there; without checkpoint.seed, the same command trains from it")
 
     def _save_if_due(self, asked: Asked) -> bool:
         """Save when the schedule, the end of the run or a signal asks for it; True means stop now."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from opencoder.checkpoint import folders, hf, native
 from opencoder.checkpoint.parts import Tensors
+from opencoder.checkpoint.together import together
 from opencoder.config import Config
 from opencoder.errors import ConfigError
 from opencoder.model.decoder import Decoder, named_parameters
@@ -32,6 +33,8 @@ class RunState:
     saved_step: int | None = None
     """Step of the newest checkpoint that this state was read from or written to."""
 
+    forked_from: str | None = None
+    """The checkpoint of another run that this one began with (`checkpoint.fork`), as configured."""
     skipped: list[int] = field(default_factory=list)
     """Steps, from 1, whose update was left out."""
     guard: dict[str, Any] | None = None
@@ -52,6 +55,7 @@ class RunState:
             "stages": self.stages,
             "skipped_batches": list(self.skipped),
             "guard": self.guard,
+            "forked_from": self.forked_from,
         }
 
 
@@ -69,7 +73,8 @@ def tensors_of(model: Decoder, optimizer: Optimizer) -> Tensors:
 def restore(
     config: Config, model: Decoder, optimizer: Optimizer, mesh: Mesh, *, say: Callable[[str], None]
 ) -> RunState:
-    """Resume from the run's newest checkpoint, or start new, with the weights of `checkpoint.load` if given.
+    """Resume from the run's newest checkpoint, or start new: with the whole state of `checkpoint.fork`, or the weights of
+    `checkpoint.load`, if given.
 
     Raises ConfigError for what does not fit the configuration, DataError for a checkpoint that is damaged."""
     c, run_dir = config.checkpoint, Path(config.run_dir)
@@ -79,7 +84,17 @@ def restore(
             "checkpoint.resume=auto to go on"
         )
     found = folders.newest_intact(run_dir, mesh.world)
-    if found is None:
+    forked_from = c.fork
+    if found is not None:
+        forked_from = native.read_state(found).get("forked_from")
+        if c.fork is not None and forked_from != c.fork:
+            raise ConfigError(
+                f"checkpoint.fork={c.fork}, but {run_dir} already holds a run that did not begin with it: choose another "
+                "run_dir, or remove checkpoint.fork to go on"
+            )
+    elif c.fork is not None:
+        found = _source(c.fork, mesh)
+    else:
         if c.load is not None:
             _load_weights(c.load, model, mesh)
             optimizer.weights_changed()
@@ -90,15 +105,27 @@ def restore(
     native.load_tensors(found, tensors_of(model, optimizer), mesh, checked=True)
     step = saved["step"]
     optimizer.set_step_count(step)
-    say(f"resumed from {found} at step {step}")
+    own = found.parent.parent == run_dir
+    say(f"{'resumed' if own else 'forked'} from {found} at step {step}")
+    stages = plan_stages(config, saved["stages"])
     return RunState(
         step,
         saved["tokens"],
-        plan_stages(config, saved["stages"]),
-        saved_step=step,
+        stages,
+        saved_step=step if own else None,
+        forked_from=forked_from,
         skipped=saved.get("skipped_batches", []),
         guard=saved.get("guard"),
     )
+
+
+def _source(fork: str, mesh: Mesh) -> Path:
+    """The intact checkpoint meant by `checkpoint.fork`, the same on all ranks. Of another run: nothing there is touched."""
+    with together(mesh.world, f"{fork} cannot be read", "look at its permissions"):
+        found = folders.resolve(fork) if mesh.world.rank == 0 else None
+    source: Path = mesh.world.gather_objects(found)[0]
+    folders.check_files(source, mesh.world)
+    return source
 
 
 def _check_same_data(before: Config, config: Config) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opencoder.checkpoint import folders, hf, native
+from opencoder.checkpoint import folders, hf, hf_export, native
 from opencoder.config import Config
 from opencoder.errors import DataError
 from opencoder.model.decoder import Decoder, named_parameters
@@ -55,7 +55,7 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
 
     for dtype in (torch.float64, torch.float32):
         ours = model_of(CASES[case], dtype)
-        folder = hf.export(saved(ours, tmp_path / str(dtype)), tmp_path / f"hf-{dtype}")
+        folder = hf_export.export(saved(ours, tmp_path / str(dtype)), tmp_path / f"hf-{dtype}")
         theirs = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
         ids = torch.randint(0, ours.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -73,7 +73,7 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_native_to_hf_to_native_is_bitwise_equal(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = model_of(CASES[case], dtype)
-    folder = hf.export(saved(model, tmp_path / "run"), tmp_path / "hf", shard_bytes=40_000)
+    folder = hf_export.export(saved(model, tmp_path / "run"), tmp_path / "hf", shard_bytes=40_000)
     assert len(list(folder.glob("*.safetensors"))) > 1, "the case must be sharded"
     back = folders.resolve(hf.import_(folder, tmp_path / "native"))
     again = build_model(native.read_config(back).model, Mesh(), dtype=dtype, device=torch.device("cpu"), seed=9)
@@ -102,7 +102,7 @@ def test_weights_made_by_transformers_are_read(tmp_path: Path) -> None:
 
 
 def exported(tmp_path: Path) -> Path:
-    return hf.export(saved(model_of({}, torch.float32), tmp_path / "run"), tmp_path / "hf")
+    return hf_export.export(saved(model_of({}, torch.float32), tmp_path / "run"), tmp_path / "hf")
 
 
 def edit(file: Path, **changes: Any) -> None:

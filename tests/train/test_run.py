@@ -19,7 +19,9 @@ import pytest
 import yaml
 
 from opencoder.checkpoint import folders, native
+from opencoder.config import load_config
 from opencoder.data.indexed import IndexedWriter
+from opencoder.optim.schedule import lr_at
 from opencoder.train.metrics import read_rows
 
 TORCHRUN = [
@@ -292,6 +294,47 @@ def test_weights_can_start_another_run(tmp_path: Path, prefix: Path, whole: Path
     path = config(tmp_path, prefix, name="tuned", checkpoint={"load": str(whole)})
     train(path, "train.steps=2", "optim.decay_steps=0", "optim.warmup_steps=0")
     assert losses(tmp_path / "tuned")[0] < losses(whole)[0] - 0.1
+
+
+def test_a_seed_checkpoint_starts_any_layout(tmp_path: Path, prefix: Path, whole: Path) -> None:
+    path = config(tmp_path, prefix, train={"eval_every": 6, "eval_samples": 8})
+    assert "checkpoint of step 0" in train(path, "checkpoint.seed=true", "checkpoint.async_save=true").stdout
+    (seed,) = folders.list_checkpoints(tmp_path / "run")
+    assert seed.name == "step_00000000"
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    shutil.copytree(tmp_path / "run", tmp_path / "two")
+    assert "at step 0" in train(path).stdout
+    assert losses(tmp_path / "run") == losses(whole)
+    assert same_checkpoints(tmp_path / "run", whole)
+    train(path, f"run_dir={tmp_path / 'two'}", "parallel.tp=2", ranks=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(whole), rel=1e-5)
+    assert "is at step 12: choose an empty run_dir" in refused(path, "checkpoint.seed=true")
+
+
+def test_a_fork_goes_on_with_the_whole_state_and_a_schedule_of_its_own(tmp_path: Path, prefix: Path) -> None:
+    trunk = config(tmp_path, prefix, name="trunk", checkpoint={"every": 6}, train={"steps": 18})
+    train(trunk)
+    rows = read_rows(tmp_path / "trunk" / "metrics.jsonl")
+    source = tmp_path / "trunk" / "checkpoints" / "step_00000006"
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "trunk").rglob("*")}
+    same = config(tmp_path, prefix, name="same", checkpoint={"fork": str(source)}, train={"steps": 18})
+    assert f"forked from {source} at step 6" in train(same).stdout
+    found = read_rows(tmp_path / "same" / "metrics.jsonl")
+    assert [(r["step"], r["loss"], r["lr"], r["tokens"]) for r in found] == [
+        (r["step"], r["loss"], r["lr"], r["tokens"]) for r in rows[6:]
+    ]
+    assert same_checkpoints(tmp_path / "same", tmp_path / "trunk")
+    # Decaying at once: the learning rates are those of a run that was planned to end at step 10.
+    early = config(tmp_path, prefix, name="early", checkpoint={"fork": str(source)}, train={"steps": 10})
+    train(early)
+    found = read_rows(tmp_path / "early" / "metrics.jsonl")
+    assert found[0]["loss"] == rows[6]["loss"]
+    planned = load_config(early)
+    assert [row["lr"] for row in found] == [lr_at(step, planned.optim, 10) for step in range(6, 10)]
+    assert found[-1]["lr"] < found[0]["lr"]
+    assert "nothing to do" in train(early).stdout  # the same command resumes the fork
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "trunk").rglob("*")}
+    assert "did not begin with it" in refused(trunk, f"checkpoint.fork={source}")
 
 
 def test_16_bit_training_learns_and_resumes(tmp_path: Path, prefix: Path, whole: Path) -> None:
