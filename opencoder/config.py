@@ -205,11 +205,11 @@ class SkipConfig(Branch):
     sigma: float = Field(6.0, gt=0)
     """Standard deviations above the mean of the window."""
     window: int = Field(128, ge=2)
-    """Steps looked back."""
+    """Updates looked back; until half of them are made, only what is not finite is left out."""
     stop_after: int = Field(5, ge=1)
     """Steps skipped in a row that end the run, or rewind it."""
     on_stop: Literal["stop", "rewind"] = "stop"
-    """rewind: go back to the newest checkpoint from before them and leave their batches out."""
+    """rewind: go back to the newest checkpoint from before them and leave their batches out (not available yet)."""
 
 
 class TrainConfig(Branch):
@@ -232,7 +232,8 @@ class TrainConfig(Branch):
     z_loss: float = Field(0.0, ge=0)
     """Weight of the squared log-sum-exp of the logits beside the loss (not available yet)."""
     skip: SkipConfig | None = None
-    """Leave out updates that would do harm; None: a loss or norm that is not finite ends the run (not available yet)."""
+    """Leave out updates that would do harm, and write their batches to RUN/skipped; None: a loss or norm that is not finite
+    ends the run."""
     timeout_s: float = Field(600.0, gt=0)
     """Seconds after which a collective is taken for one that hangs (another value: not available yet)."""
     memory_check: Literal["warn", "refuse"] = "warn"
@@ -289,7 +290,7 @@ class OptimConfig(Branch):
     """wsd: length of the tail at the end of the run. cosine: always up to the end of the run."""
     decay_shape: Literal["exponential", "exponential_megatron", "linear", "cosine", "minus_sqrt"] = "exponential"
     groups: list[ParameterGroup] = []
-    """Settings for some of the parameters (not available yet)."""
+    """Settings for some of the parameters."""
 
 
 class CheckpointConfig(Branch):

@@ -11,7 +11,8 @@ import torch
 
 from opencoder import kernels as K
 from opencoder.config import Config, data_parallel_size
-from opencoder.model.decoder import Decoder
+from opencoder.model.decoder import Decoder, named_parameters
+from opencoder.optim.update import check_groups
 from opencoder.parallel.mesh import Mesh, pretend_mesh
 from opencoder.parallel.placement import placement_of
 
@@ -48,6 +49,7 @@ def estimate(config: Config, world_size: int) -> Estimate:
     mesh = pretend_mesh(world_size=world_size, tp=p.tp, pp=p.pp, cp=p.cp)
     with torch.device("meta"):
         model = Decoder(m, mesh)
+    check_groups(config.optim, named_parameters(model))
     parameters = list(model.parameters())
     total = sum(torch.Size(placement_of(q).global_shape).numel() for q in parameters)
     mine = sum(q.numel() for q in parameters)
@@ -57,16 +59,19 @@ def estimate(config: Config, world_size: int) -> Estimate:
     master = wide if width < 4 else 0
     tokens = t.micro_batch_size * config.data.seq_len
     rows = m.padded_vocab_size // p.tp
+    replicas = mesh.dp.size * mesh.cp.size
+    sharded = p.sharded_optimizer
     micro_batches = t.global_batch_size // (t.micro_batch_size * data_parallel_size(config, world_size))
     return Estimate(
         total_parameters=total,
         rank_parameters=mine,
         weights=mine * width,
         gradients=mine * wide,
-        optimizer=mine * (states * wide + master),
+        optimizer=mine * (states * wide + master) // (replicas if sharded else 1),
         activations=_activations(config, mesh, tokens, width),
         logits=min(m.head.chunk_tokens, tokens) * rows * width,
-        data_parallel_traffic=_ring(mine * wide, mesh.dp.size),
+        # sharded: gradients to their owners, weights back, each half of a ring all-reduce
+        data_parallel_traffic=_ring(mine * (wide + width) // 2 if sharded else mine * wide, replicas),
         tensor_parallel_traffic=micro_batches * _tensor_parallel_bytes(config, mesh, tokens, width),
     )
 
@@ -103,7 +108,8 @@ def describe(config: Config, world_size: int) -> str:
         f"parameters        {e.total_parameters:,} in the model, {e.rank_parameters:,} per rank",
         f"weights           {e.weights / gib:.3f} GiB per rank ({config.train.precision})",
         f"gradients         {e.gradients / gib:.3f} GiB",
-        f"optimizer state   {e.optimizer / gib:.3f} GiB ({config.optim.name})",
+        f"optimizer state   {e.optimizer / gib:.3f} GiB ({config.optim.name}"
+        + (f", split over {dp * p.cp} ranks)" if p.sharded_optimizer else ")"),
         f"activations       {e.activations / gib:.3f} GiB (micro-batch {config.train.micro_batch_size} × "
         f"{config.data.seq_len}, recompute {config.train.recompute})",
         f"logits            {e.logits / gib:.3f} GiB ({config.model.head.chunk_tokens} tokens at a time)",

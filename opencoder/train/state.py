@@ -35,6 +35,17 @@ class RunState:
 
     forked_from: str | None = None
     """The checkpoint of another run that this one began with (`checkpoint.fork`), as configured."""
+    skipped: list[int] = field(default_factory=list)
+    """Steps, from 1, whose update was left out."""
+    guard: dict[str, Any] | None = None
+    """What the guard remembers, as of the newest checkpoint."""
+
+    def skipped_in_a_row(self) -> int:
+        """Steps up to the newest whose update was left out."""
+        n = 0
+        while n < len(self.skipped) and self.skipped[-1 - n] == self.step - n:
+            n += 1
+        return n
 
     def for_checkpoint(self, config: Config) -> dict[str, Any]:
         """What stands in the checkpoint's state.json beside the step."""
@@ -42,7 +53,8 @@ class RunState:
             "tokens": self.tokens,
             "consumed_samples": self.step * config.train.global_batch_size,
             "stages": self.stages,
-            "skipped_batches": [],
+            "skipped_batches": list(self.skipped),
+            "guard": self.guard,
             "forked_from": self.forked_from,
         }
 
@@ -53,7 +65,8 @@ def weights_of(model: Decoder) -> Tensors:
 
 
 def tensors_of(model: Decoder, optimizer: Optimizer) -> Tensors:
-    """Every tensor of a checkpoint."""
+    """Every tensor of a checkpoint, its weights those of the last update."""
+    optimizer.wait_weights()
     return {**weights_of(model), **optimizer.state_tensors()}
 
 
@@ -95,7 +108,15 @@ def restore(
     own = found.parent.parent == run_dir
     say(f"{'resumed' if own else 'forked'} from {found} at step {step}")
     stages = plan_stages(config, saved["stages"])
-    return RunState(step, saved["tokens"], stages, saved_step=step if own else None, forked_from=forked_from)
+    return RunState(
+        step,
+        saved["tokens"],
+        stages,
+        saved_step=step if own else None,
+        forked_from=forked_from,
+        skipped=saved.get("skipped_batches", []),
+        guard=saved.get("guard"),
+    )
 
 
 def _source(fork: str, mesh: Mesh) -> Path:

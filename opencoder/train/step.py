@@ -55,8 +55,10 @@ class SequentialRunner:
     def run(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor) -> torch.Tensor:
         """Forward, backward and fold for each."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for mb in micro_batches:
+        for i, mb in enumerate(micro_batches):
             loss_sum = self._loss(mb)
+            if i == len(micro_batches) - 1:
+                self.optimizer.last_backward()
             (loss_sum / count).backward()
             self.optimizer.fold_gradients()
             total += loss_sum.detach()

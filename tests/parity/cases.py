@@ -43,6 +43,9 @@ CASES: dict[str, Case] = {
     "dp4": Case(4, SMALL),
     "tp4": Case(4, {**SMALL, "kv_heads": 4}, 4, {"tp": 4}),
     "tp2-dp2-documents": Case(4, SMALL, 2, {"tp": 2}, documents=True),
+    "dp2-sharded": Case(2, micro_batch=2, parallel={"sharded_optimizer": True}),
+    "dp4-sharded": Case(4, SMALL, parallel={"sharded_optimizer": True}),
+    "dp2-tp2-sharded": Case(4, SMALL, 2, {"tp": 2, "sharded_optimizer": True}, documents=True),
 }
 
 

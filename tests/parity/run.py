@@ -13,7 +13,7 @@ import torch
 from opencoder.config import OptimConfig
 from opencoder.model.decoder import named_parameters
 from opencoder.model.initialise import build_model
-from opencoder.optim.optimizer import ReplicatedOptimizer
+from opencoder.optim.build import build_optimizer
 from opencoder.parallel.mesh import create_mesh
 from opencoder.parallel.placement import placement_of
 from opencoder.train.step import TrainStep
@@ -36,6 +36,8 @@ class Outcome(NamedTuple):
     """After the update, this rank's parts."""
     parts: dict[str, tuple[slice, ...]]
     """Where these stand in the whole tensors."""
+    intervals: dict[str, tuple[int, int]] | None = None
+    """Where the gradients that are flat stand in their flattened part."""
 
 
 def one_update(rank: int, world: int, case: Case, dtype: torch.dtype = torch.float64) -> Outcome:
@@ -46,22 +48,26 @@ def one_update(rank: int, world: int, case: Case, dtype: torch.dtype = torch.flo
     # With β = (0, 0) the first moment is the clipped gradient itself. AdamW's update would then be the gradient's sign, whose
     # weights say nothing of it: eps far above the gradients makes the update proportional to them instead.
     settings = OptimConfig(clip_norm=0.1, lr=LR, betas=(0.0, 0.0), eps=1.0)
-    optimizer = ReplicatedOptimizer(named_parameters(model), settings, mesh)
+    sharded = case.parallel.get("sharded_optimizer", False)
+    optimizer = build_optimizer(named_parameters(model), settings, mesh, sharded=sharded, modules=[model])
     step = TrainStep(model, optimizer, mesh, device=CPU)
     result = step.update(micro_batches(case, config.vocab_size, mesh.dp.rank, mesh.dp.size), lr=LR)
     state = optimizer.state_tensors()
     names = {"loss": result.loss, "norm": result.grad_norm, "clip": result.clip, "targets": result.targets}
     parameters = named_parameters(model)
+    moments = {key: state[f"optim.exp_avg.{key}"] for key in parameters}
     return Outcome(
         {name: float(value) for name, value in names.items()},
-        {key: state[f"optim.exp_avg.{key}"][0] for key in parameters},
+        {key: part[0] for key, part in moments.items()},
         {key: p.detach() for key, p in parameters.items()},
         {key: placement_of(p).slice_of(mesh) for key, p in parameters.items()},
+        {key: part[2] for key, part in moments.items() if len(part) == 3},
     )
 
 
 def errors(found: Outcome, truth: Outcome) -> dict[str, float]:
     """Relative errors: of each number, and of each tensor as ‖a − b‖ / ‖b‖, named `gradient <key>` and `weight <key>`."""
+    intervals = found.intervals or {}
     result = {name: abs(value / truth.numbers[name] - 1) for name, value in found.numbers.items()}
     for what, ours, theirs in (
         ("gradient", found.gradients, truth.gradients),
@@ -69,6 +75,10 @@ def errors(found: Outcome, truth: Outcome) -> dict[str, float]:
     ):
         for key, tensor in ours.items():
             whole = theirs[key][found.parts[key]].double()
+            if what == "gradient" and key in intervals:
+                whole = whole.flatten()[slice(*intervals[key])]
+                if not whole.numel():
+                    continue
             result[f"{what} {key}"] = float((tensor.double() - whole).norm() / whole.norm())
     return result
 
