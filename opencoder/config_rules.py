@@ -33,6 +33,7 @@ def validate(config: Config, world_size: int) -> None:
     """Every rule between fields, for a job of `world_size` processes. Raises ConfigError (value, limit, remedy)."""
     _check_available(config)
     _check_model(config)
+    _check_context(config)
     _check_batches(config, data_parallel_size(config, world_size))
     _check_schedule(config)
 
@@ -42,7 +43,6 @@ def _check_available(config: Config) -> None:
     p, d, t, c = config.parallel, config.data, config.train, config.checkpoint
     missing = {
         f"parallel.pp={p.pp}": p.pp > 1,
-        f"parallel.cp={p.cp}": p.cp > 1,
         "parallel.sequence_parallel=true": p.sequence_parallel,
         f"parallel.virtual_stages={p.virtual_stages}": p.virtual_stages > 1,
         f"parallel.schedule={p.schedule}": p.schedule != "1f1b",
@@ -97,6 +97,20 @@ def _check_model(config: Config) -> None:
             f"data.seq_len={config.data.seq_len} is longer than model.max_seq_len={m.max_seq_len}: "
             "shorten data.seq_len or raise model.max_seq_len"
         )
+
+
+def _check_context(config: Config) -> None:
+    """Each sample is cut in 2·cp chunks, in every stage of the data."""
+    cp, d = config.parallel.cp, config.data
+    lengths = {"data.seq_len": d.seq_len}
+    lengths |= {f"data.stages.{i}.seq_len": s.seq_len for i, s in enumerate(d.stages) if s.seq_len is not None}
+    for key, length in lengths.items():
+        if cp > 1 and length % (2 * cp):
+            below = length - length % (2 * cp)
+            raise ConfigError(
+                f"{key}={length} cannot be cut in 2·cp chunks with parallel.cp={cp}: set it to a multiple of {2 * cp}, "
+                f"such as {below or 2 * cp}"
+            )
 
 
 def _check_batches(config: Config, dp: int) -> None:

@@ -73,6 +73,11 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         (["parallel.pp=2"], 2, "not available"),
         (["data.kind=sft"], 1, "not available"),
         (["parallel.context_attention=ulysses"], 1, "parallel.context_attention=ulysses is not available"),
+        (
+            ["parallel.cp=3"],
+            3,
+            "data.seq_len=128 cannot be cut in 2·cp chunks with parallel.cp=3: set it to a multiple of 6",
+        ),
         (["parallel.overlap=true"], 1, "parallel.overlap is not available"),
         (["data.fim={rate: 0.3}"], 1, "data.fim is not available"),
         (["data.stages=[{from_step: 10, global_batch_size: 16}]"], 1, "data.stages is not available"),

@@ -15,10 +15,10 @@ from opencoder import kernels as K
 from opencoder.config import ModelConfig, RecomputeConfig
 from opencoder.parallel.collectives import copy_to_group
 from opencoder.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from opencoder.parallel.mesh import Mesh
+from opencoder.parallel.mesh import SINGLE, Group, Mesh
 from opencoder.parallel.placement import place, replicated
 
-from .attend import Context, Documents, Rope, attend
+from .attend import Context, Documents, Rope, attend, context_of, positions_of
 from .heads import VocabHead
 from .recompute import modules_of, recomputed, run
 
@@ -133,7 +133,7 @@ class Decoder(nn.Module):
         """`part` None: the whole model. Raises ValueError for one that the model cannot be cut into."""
         super().__init__()
         mesh = mesh or Mesh()
-        self.config = config
+        self.config, self.cp = config, mesh.cp
         self.part = part = part or Part(range(config.layers), first=True, last=True)
         if config.tie_embeddings and part.first != part.last:
             raise ValueError("a model with tied embeddings cannot be cut: its two ends share a matrix")
@@ -151,7 +151,8 @@ class Decoder(nn.Module):
         self, x: torch.Tensor, documents: Documents | None = None, *, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, S) ids, or the hidden state (B, S, M) of the part before → (B, S, M): after the last norm, or for the next part."""
-        context = Context(rotary_table(self.config, x, documents, positions=positions), documents)
+        rope = rotary_table(self.config, x, documents, positions=positions, cp=self.cp)
+        context = context_of(rope, documents, x.shape[1], self.cp)
         if self.part.first:
             x = self.embed_tokens(x)
         residual: torch.Tensor | None = None
@@ -185,21 +186,15 @@ def rotary_table(
     documents: Documents | None = None,
     *,
     positions: torch.Tensor | None = None,
+    cp: Group = SINGLE,
 ) -> Rope:
     """Angles p·theta^(−2i/D) in fp32, as in the Hugging Face implementation, for tokens or a hidden state `like` (B, S, …).
 
-    `positions` (S,) or (B, S) say where a token stands in its document; None: as they follow in `like`, restarting with each
-    document."""
-    b, s = like.shape[:2]
+    `positions` (S,) or (B, S) say where a token stands in its document; None: as `like` holds the samples, or cuts them over
+    `cp`, restarting with each document."""
     d, device = config.head_dim, like.device
-    if positions is None and documents is None:
-        positions = torch.arange(s, device=device)
-    elif positions is None and documents is not None:
-        at = torch.arange(b * s, device=device)
-        starts = documents.cu_seqlens.long()
-        document = torch.searchsorted(starts, at, right=True) - 1
-        positions = (at - starts[document]).view(b, s)
-    assert positions is not None
+    if positions is None:
+        positions = positions_of((like.shape[0], like.shape[1]), documents, device, cp)
     exponents = torch.arange(0, d, 2, dtype=torch.float32, device=device) / d
     angles = positions[..., None].float() * (1.0 / config.rope_theta**exponents)
     return Rope(angles.cos(), angles.sin())

@@ -32,9 +32,11 @@ class Estimate:
     activations: int
     logits: int
     data_parallel_traffic: int
-    """Sent by each rank per step."""
+    """Sent by each rank per step, over dp and cp together: the sum of gradients."""
     tensor_parallel_traffic: int
     """Sent by each rank per step."""
+    context_parallel_traffic: int
+    """Sent by each rank per step, in attention."""
 
     @property
     def peak(self) -> int:
@@ -55,7 +57,7 @@ def estimate(config: Config, world_size: int) -> Estimate:
     wide = max(width, 4)
     states = 2 if config.optim.name == "adamw" else 1
     master = wide if width < 4 else 0
-    tokens = t.micro_batch_size * config.data.seq_len
+    tokens = t.micro_batch_size * config.data.seq_len // p.cp
     rows = m.padded_vocab_size // p.tp
     micro_batches = t.global_batch_size // (t.micro_batch_size * data_parallel_size(config, world_size))
     return Estimate(
@@ -66,8 +68,9 @@ def estimate(config: Config, world_size: int) -> Estimate:
         optimizer=mine * (states * wide + master),
         activations=_activations(config, mesh, tokens, width),
         logits=min(m.head.chunk_tokens, tokens) * rows * width,
-        data_parallel_traffic=_ring(mine * wide, mesh.dp.size),
+        data_parallel_traffic=_ring(mine * wide, mesh.dp.size) + _ring(mine * wide, mesh.cp.size),
         tensor_parallel_traffic=micro_batches * _tensor_parallel_bytes(config, mesh, tokens, width),
+        context_parallel_traffic=micro_batches * _context_parallel_bytes(config, mesh, tokens, width),
     )
 
 
@@ -92,6 +95,16 @@ def _tensor_parallel_bytes(config: Config, mesh: Mesh, tokens: int, width: int) 
     return (4 * config.model.layers + 2) * per_reduce
 
 
+def _context_parallel_bytes(config: Config, mesh: Mesh, tokens: int, width: int) -> int:
+    """Per micro-batch: in each layer keys and values go round twice (forward and backward), and their gradients, in fp32 or
+    wider, once and home."""
+    m, cp = config.model, mesh.cp.size
+    kv = 2 * tokens * m.kv_heads // mesh.tp.size * m.head_dim
+    again = 2 if {"full", "attention"} & set(config.train.recompute.modules) else 1
+    hops = (cp - 1) * (1 + again) * width + (cp if cp > 1 else 0) * max(width, 4)
+    return m.layers * kv * hops
+
+
 def describe(config: Config, world_size: int) -> str:
     """The text of `train --dry-run`."""
     e = estimate(config, world_size)
@@ -109,7 +122,8 @@ def describe(config: Config, world_size: int) -> str:
         f"logits            {e.logits / gib:.3f} GiB ({config.model.head.chunk_tokens} tokens at a time)",
         f"estimated peak    {e.peak / gib:.3f} GiB per rank",
         f"communication     {e.data_parallel_traffic / gib:.3f} GiB data-parallel, "
-        f"{e.tensor_parallel_traffic / gib:.3f} GiB tensor-parallel, sent per rank and step",
+        f"{e.tensor_parallel_traffic / gib:.3f} GiB tensor-parallel, "
+        f"{e.context_parallel_traffic / gib:.3f} GiB context-parallel, sent per rank and step",
         f"run               {config.train.total_steps()} steps × {config.train.global_batch_size} samples × "
         f"{config.data.seq_len} tokens = "
         f"{config.train.total_steps() * config.train.global_batch_size * config.data.seq_len:,} tokens",

@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
 def one_update(rank: int, world: int, case: Case, dtype: torch.dtype = torch.float64) -> Outcome:
     """One update of a fresh model at the layout of `case`, with a norm that clips."""
     config = model_config(case.base)
-    mesh = create_mesh(tp=case.parallel.get("tp", 1))
+    mesh = create_mesh(tp=case.parallel.get("tp", 1), cp=case.parallel.get("cp", 1))
     model = build_model(config, mesh, dtype=dtype, device=CPU, seed=3)
     # With β = (0, 0) the first moment is the clipped gradient itself. AdamW's update would then be the gradient's sign, whose
     # weights say nothing of it: eps far above the gradients makes the update proportional to them instead.
