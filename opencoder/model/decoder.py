@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from opencoder import kernels as K
-from opencoder.config import ModelConfig, RecomputeConfig
+from opencoder.config import ModelConfig, ParallelConfig, RecomputeConfig
 from opencoder.parallel.collectives import copy_to_group
 from opencoder.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from opencoder.parallel.mesh import Mesh
@@ -129,10 +129,12 @@ class Decoder(nn.Module):
         *,
         recompute: str | RecomputeConfig = "none",
         part: Part | None = None,
+        parallel: ParallelConfig | None = None,
     ) -> None:
-        """`part` None: the whole model. Raises ValueError for one that the model cannot be cut into."""
+        """`part` None: the whole model. Sizes come from `mesh`; `parallel` says how the layers work over it, None: as by
+        default. Raises ValueError for a part that the model cannot be cut into."""
         super().__init__()
-        mesh = mesh or Mesh()
+        mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
         self.config = config
         self.part = part = part or Part(range(config.layers), first=True, last=True)
         if config.tie_embeddings and part.first != part.last:
@@ -145,7 +147,8 @@ class Decoder(nn.Module):
         if part.last:
             self.norm = RMSNorm(config.hidden_size, config.norm_eps)
             tied = self.embed_tokens.weight if config.tie_embeddings else None
-            self.lm_head = VocabHead(config, mesh, weight=tied)
+            split = parallel.schedule in ("zb", "zbv")
+            self.lm_head = VocabHead(config, mesh, weight=tied, split_backward=split)
 
     def hidden(
         self, x: torch.Tensor, documents: Documents | None = None, *, positions: torch.Tensor | None = None

@@ -49,7 +49,13 @@ class Trainer:
         self.dtype = DTYPES[config.train.precision]
         t = config.train
         self.model = build_model(
-            config.model, mesh, dtype=self.dtype, device=device, seed=t.seed, recompute=t.recompute
+            config.model,
+            mesh,
+            dtype=self.dtype,
+            device=device,
+            seed=t.seed,
+            recompute=t.recompute,
+            parallel=config.parallel,
         )
         self.optimizer: Optimizer = ReplicatedOptimizer(named_parameters(self.model), config.optim, mesh)
         self.state = restore(config, self.model, self.optimizer, mesh, say=self._say)
