@@ -70,6 +70,8 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         (["optim.warmup_steps=60", "optim.decay_steps=60"], 1, "exceed the run's 100 steps"),
         (["optim.min_lr=1"], 1, "above optim.lr"),
         (["model.head_dim=33"], 1, "must be even"),
+        (["parallel.sequence_parallel=true"], 1, "raise parallel.tp or remove"),
+        (["parallel.sequence_parallel=true", "parallel.tp=2", "data.seq_len=255"], 2, "set it to a multiple of 2"),
         (["parallel.pp=2"], 2, "not available"),
         (["data.kind=sft"], 1, "not available"),
         (["parallel.context_attention=ulysses"], 1, "parallel.context_attention=ulysses is not available"),
