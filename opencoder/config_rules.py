@@ -64,8 +64,6 @@ def _check_available(config: Config) -> None:
         "optim.groups": bool(config.optim.groups),
         f"optim.name={config.optim.name}": config.optim.name == "lars",
         f"optim.schedule={config.optim.schedule}": config.optim.schedule == "fccs",
-        "checkpoint.async_save=true": c.async_save,
-        "checkpoint.keep_every": c.keep_every is not None,
         "checkpoint.fork": c.fork is not None,
         "checkpoint.seed=true": c.seed,
     }

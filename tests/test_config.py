@@ -87,7 +87,6 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         (["train.timeout_s=60"], 1, "train.timeout_s=60 is not available"),
         (["train.memory_check=refuse"], 1, "train.memory_check=refuse is not available"),
         (["optim.groups=[{match: '*norm*', lr_scale: 0.5}]"], 1, "optim.groups is not available"),
-        (["checkpoint.keep_every=100"], 1, "checkpoint.keep_every is not available"),
         (["checkpoint.fork=r"], 1, "checkpoint.fork is not available"),
         (["checkpoint.seed=true"], 1, "checkpoint.seed=true is not available"),
     ],
