@@ -108,7 +108,7 @@ class ParallelConfig(Branch):
     cp: int = Field(1, ge=1)
     """Context parallel size."""
     sequence_parallel: bool = False
-    """Split the sequence between the tensor-parallel regions."""
+    """Split the tokens over tp between the tensor-parallel regions: each rank norms and keeps its share of them."""
     context_attention: Literal["ring", "ulysses"] = "ring"
     """How attention reaches the other parts of a sequence under cp: keys and values travel round a ring, or tokens are exchanged for
     heads (not available yet)."""
@@ -300,9 +300,9 @@ class CheckpointConfig(Branch):
     keep: int | None = Field(None, ge=1)
     """Newest checkpoints kept; None: all."""
     keep_every: int | None = Field(None, ge=1)
-    """Checkpoints of steps divisible by this are never dropped (not available yet)."""
+    """Checkpoints of steps divisible by this are never dropped."""
     async_save: bool = False
-    """Save in the background (not available yet)."""
+    """Save in the background: training waits for a copy in host memory (as large as a rank's share), not for the disk."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in run_dir if there is one."""
     load: str | None = None

@@ -44,10 +44,12 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     try:
         sys.exit(main(argv) or 0)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if not error.told_elsewhere:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except Failure as error:
-        print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
+        if not error.told_elsewhere:
+            print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:
         # The reader of our stdout went away (`| head`): not an error of this program.

@@ -11,6 +11,9 @@ class UserError(ValueError):
 
     Commands print it as one line and exit with status 2."""
 
+    told_elsewhere = False
+    """Raised alike on all ranks of a job, and another rank prints it."""
+
 
 class ConfigError(UserError):
     """A configuration that cannot be run."""
@@ -23,6 +26,9 @@ class DataError(UserError):
 class Failure(Exception):
     """Something went wrong that is neither a user's mistake nor a defect of ours (a full disk, a fault found by a check
     that was asked for). Commands print it as one line and exit with status 1."""
+
+    told_elsewhere = False
+    """Raised alike on all ranks of a job, and another rank prints it."""
 
 
 class VerificationError(Failure):

@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 
 def fsync_directory(path: Path) -> None:
@@ -63,16 +64,59 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def replace_directory(temporary: Path, target: Path) -> None:
-    """Give the finished folder `temporary` its final name `target`, durably; an older `target` is removed first."""
+    """Give the finished folder `temporary` its final name `target`, durably.
+
+    An older `target` is moved aside before and removed after: at every moment one of the two is whole, under its own
+    name or under `retired_name(target)`."""
     for root, _, names in os.walk(temporary):
         for name in names:
             with open(os.path.join(root, name), "rb") as file:
                 os.fsync(file.fileno())
         fsync_directory(Path(root))
+    retired = retired_name(target)
     if target.exists():
-        shutil.rmtree(target)
+        if retired.exists():
+            shutil.rmtree(retired)
+        os.replace(target, retired)
     os.replace(temporary, target)
     fsync_directory(target.parent)
+    if retired.exists():
+        shutil.rmtree(retired)
+
+
+def retired_name(path: Path) -> Path:
+    """The name a folder carries while it is removed: a kill in between leaves no half of it under its own name."""
+    return path.with_name(f".{path.name}.old")
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a folder so that it is either whole or gone under its own name, whenever the process may die."""
+    retired = retired_name(path)
+    if retired.exists():
+        shutil.rmtree(retired)
+    os.replace(path, retired)
+    fsync_directory(path.parent)
+    shutil.rmtree(retired)
+
+
+class FileFacts(NamedTuple):
+    """What a file must hold."""
+
+    bytes: int
+    crc32: str
+    """Eight hexadecimal digits."""
+
+
+def facts_of(path: Path) -> FileFacts:
+    """Size and CRC-32 of a file, read in blocks."""
+    size = crc = 0
+    buffer = bytearray(4 << 20)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while n := file.readinto(buffer):
+            crc = zlib.crc32(view[:n], crc)
+            size += n
+    return FileFacts(size, f"{crc:08x}")
 
 
 def sha256_of(path: str | Path) -> str:

@@ -82,6 +82,9 @@ def test_kernels_know_nothing_of_the_rest() -> None:
 DISTRIBUTED = {
     "opencoder/parallel/group.py",
     "opencoder/checkpoint/parts.py",
+    "opencoder/checkpoint/saver.py",
+    "opencoder/checkpoint/storage.py",
+    "opencoder/checkpoint/together.py",
     "opencoder/checkpoint/native.py",
     "opencoder/checkpoint/hf.py",
 }

@@ -278,13 +278,13 @@ def compare_logits(run_dir: Path, exported: Path) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from opencoder.checkpoint import native
+    from opencoder.checkpoint import folders, native
     from opencoder.model.decoder import named_parameters
     from opencoder.model.initialise import build_model
     from opencoder.parallel.mesh import Mesh
     from opencoder.parallel.placement import placement_of
 
-    folder = native.resolve(run_dir)
+    folder = folders.resolve(run_dir)
     config = native.read_config(folder).model
     ours = build_model(config, Mesh(), dtype=torch.float32, device=torch.device("cpu"), seed=0)
     native.load_tensors(folder, {k: (p, placement_of(p)) for k, p in named_parameters(ours).items()}, Mesh())

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from opencoder.checkpoint import hf, native
+    from opencoder.checkpoint import folders, hf
     from opencoder.checkpoint.hf_config import check_ids
 
     torch.manual_seed(args.seed)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_ids(folder)
         model, tokenizer_folder = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True), folder
     else:
-        model, tokenizer_folder = hf.to_transformers(folder), native.resolve(folder) / "tokenizer"
+        model, tokenizer_folder = hf.to_transformers(folder), folders.resolve(folder) / "tokenizer"
     if not (tokenizer_folder / "tokenizer.json").is_file():
         raise DataError(f"{folder} carries no tokenizer: train with data.tokenizer set, or copy tokenizer.json there")
     print(continue_text(model, tokenizer_folder, args.prompt, args))

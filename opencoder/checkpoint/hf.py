@@ -23,11 +23,12 @@ from opencoder.console import ProgressBar
 from opencoder.errors import DataError
 from opencoder.files import replace_directory, temporary_name, write_json, write_text
 from opencoder.model.decoder import Decoder, named_parameters
-from opencoder.parallel.mesh import Mesh
-from opencoder.parallel.placement import Placement, placement_of, replicated
+from opencoder.parallel.mesh import SINGLE, Mesh
+from opencoder.parallel.placement import placement_of, replicated
 
-from . import native
+from . import folders, native
 from .hf_config import check_ids, hf_config, model_config, tokenizer_ids
+from .parts import Part, Tensors, global_part
 
 SHARD_BYTES = 5_000_000_000
 """Largest safetensors file of an export."""
@@ -63,8 +64,8 @@ def export(source: str | Path, output: str | Path, *, dtype: str | None = None, 
     """Write the native checkpoint `source` (or a run's latest) as a Hugging Face folder; returns `output`.
 
     `dtype` one of DTYPES, None keeps the saved type. Memory: one shard."""
-    folder = native.resolve(source)
-    native.check_files(folder)
+    folder = folders.resolve(source)
+    folders.check_files(folder)
     config = native.read_config(folder).model
     output = Path(output)
     _refuse_foreign(output)
@@ -132,9 +133,9 @@ def to_transformers(source: str | Path) -> Any:
     """A native checkpoint as a transformers LlamaForCausalLM in memory, for generation and comparison."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = native.resolve(source)
+    folder = folders.resolve(source)
     config = native.read_config(folder).model
-    native.check_files(folder)
+    folders.check_files(folder)
     metadata: dict[str, Any] = dcp.FileSystemReader(folder / "tensors").read_metadata().state_dict_metadata
     expected = shapes(config)
     dtype = metadata[next(iter(expected))].properties.dtype
@@ -161,12 +162,12 @@ def import_(source: str | Path, output: str | Path) -> Path:
     temporary = temporary_name(output)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors: dict[str, tuple[torch.Tensor, Placement]] = {}
+    tensors: dict[str, Part] = {}
     with _Reader(folder) as reader:
         reader.refuse_unknown(set(shapes(config)), tied=config.tie_embeddings)
         for key, shape in shapes(config).items():
             tensors[key] = (reader.tensor(key, shape), replicated(shape))
-    native.write_tensors(temporary / "tensors", tensors, Mesh())
+    written = native.write_parts(temporary / "tensors", {k: global_part(p, Mesh()) for k, p in tensors.items()}, SINGLE)
     tree = {"run_dir": str(output), "model": config.model_dump(), "data": {"seq_len": min(config.max_seq_len, 1024)}}
     write_text(temporary / "config.yaml", json.dumps(parse_tree(Config, tree).model_dump(mode="json"), indent=2))
     write_json(
@@ -178,7 +179,7 @@ def import_(source: str | Path, output: str | Path) -> Path:
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():
                 shutil.copy2(folder / name, temporary / "tokenizer" / name)
-    native.finish(temporary, output)
+    native.finish(temporary, output, {f"tensors/{name}": facts for name, facts in written.items()})
     return output
 
 
@@ -193,10 +194,11 @@ def read_model_config(folder: Path) -> ModelConfig:
     return model_config(described, file, ids.size if ids else None)
 
 
-def load_weights(folder: Path, tensors: native.Tensors, mesh: Mesh) -> None:
+def load_weights(folder: Path, tensors: Tensors, mesh: Mesh) -> None:
     """Fill this rank's parts of `tensors` from a Hugging Face folder, reading only the slices it holds."""
     with _Reader(folder) as reader, torch.no_grad():
-        for key, (local, placement) in tensors.items():
+        for key, part in tensors.items():
+            local, placement = part[:2]
             local.copy_(reader.tensor(key, placement.global_shape, placement.slice_of(mesh)))
 
 

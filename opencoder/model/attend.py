@@ -51,11 +51,11 @@ def context_of(rope: Rope, documents: Documents | None, length: int, cp: Group =
 
 
 def positions_of(
-    shape: tuple[int, int], documents: Documents | None, device: torch.device, cp: Group = SINGLE
+    shape: tuple[int, int], documents: Documents | None, cp: Group = SINGLE, *, device: torch.device | None = None
 ) -> torch.Tensor:
     """Where each of this rank's (B, S/cp) tokens stands in its document: (S/cp,), with documents (B, S/cp)."""
     b, s = shape
-    at = token_numbers(s, cp, device)
+    at = token_numbers(s, cp, device=device)
     if documents is None:
         return at
     at = at + torch.arange(b, device=device)[:, None] * (s * cp.size)

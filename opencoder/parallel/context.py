@@ -30,7 +30,7 @@ def split_sequence(x: torch.Tensor, cp: Group) -> torch.Tensor:
     return torch.cat([chunks[i] for i in chunks_of(cp.rank, cp.size)], 1)
 
 
-def token_numbers(length: int, cp: Group, device: torch.device) -> torch.Tensor:
+def token_numbers(length: int, cp: Group, *, device: torch.device | None = None) -> torch.Tensor:
     """(length,) int64: where in its sample each of this rank's `length` = S/cp tokens stands."""
     whole = torch.arange(length * cp.size, device=device)
     return split_sequence(whole[None], cp)[0]

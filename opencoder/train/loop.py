@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from opencoder import kernels as K
-from opencoder.checkpoint import native
+from opencoder.checkpoint.saver import Saver
 from opencoder.config import Config
 from opencoder.console import ProgressBar
 from opencoder.data.loader import BatchLoader, MicroBatch
@@ -49,9 +49,18 @@ class Trainer:
         self.dtype = DTYPES[config.train.precision]
         t = config.train
         self.model = build_model(
-            config.model, mesh, dtype=self.dtype, device=device, seed=t.seed, recompute=t.recompute
+            config.model,
+            mesh,
+            dtype=self.dtype,
+            device=device,
+            seed=t.seed,
+            recompute=t.recompute,
+            parallel=config.parallel,
         )
         self.optimizer: Optimizer = ReplicatedOptimizer(named_parameters(self.model), config.optim, mesh)
+        self.saver = Saver(self.run_dir, config.checkpoint, mesh, timeout_s=t.timeout_s, say=self._say)
+        self.save_wait_s = 0.0
+        """Seconds that training has waited for checkpoints since the last row of metrics."""
         self.state = restore(config, self.model, self.optimizer, mesh, say=self._say)
         self.train_step = TrainStep(self.model, self.optimizer, mesh, device=device, guard=self._stop_if_not_finite)
         self.total_steps = t.total_steps()
@@ -64,20 +73,15 @@ class Trainer:
         state = self.state
         if state.saved_step == state.step:
             return
-        start = time.perf_counter()
         tokenizer = self.config.data.tokenizer
-        folder = native.save(
-            self.run_dir,
+        self.save_wait_s += self.saver.save(
             state.step,
             tensors_of(self.model, self.optimizer),
-            self.mesh,
             config=self.config,
             state=state.for_checkpoint(self.config),
             tokenizer=Path(tokenizer) if tokenizer else None,
-            keep=self.config.checkpoint.keep,
         )
         state.saved_step = state.step
-        self._say(f"saved {folder} in {time.perf_counter() - start:.1f} s")
 
     # ---- the run ----
 
@@ -106,9 +110,14 @@ class Trainer:
                         metrics.write(row)
                         bar.advance(1, postfix=f"loss {row['loss']:.4f}")
                         self._print_row(row)
-                    if self._save_if_due(signals.agree(self.mesh.world, self.device)):
+                    if self._save_if_due(signals.agree(self.mesh.world, self.device, failed=self.saver.failed)):
+                        self.saver.wait()
                         self._say(f"stopped at step {self.state.step} as asked; the same command goes on from here")
                         break
+            self.saver.wait()
+        except BaseException:
+            self.saver.abandon()
+            raise
         finally:
             signals.restore()
             if metrics is not None:
@@ -116,6 +125,8 @@ class Trainer:
 
     def _save_if_due(self, asked: Asked) -> bool:
         """Save when the schedule, the end of the run or a signal asks for it; True means stop now."""
+        if asked.failed:
+            self.saver.wait()
         every = self.config.checkpoint.every
         if asked.save or self.state.step == self.total_steps or (every is not None and self.state.step % every == 0):
             self.save()
@@ -140,6 +151,7 @@ class Trainer:
             row["valid_loss"] = self.evaluate(self.validation)
         worst = torch.tensor([step_s, data_wait_s, peak_memory_gib(self.device)], dtype=torch.float64)
         worst = self.mesh.world.all_reduce(worst.to(self.device), "max")
+        row["save_wait_s"], self.save_wait_s = self.save_wait_s, 0.0
         row["step_s"], row["data_wait_s"], row["mem_gib"] = worst.tolist()
         row["tokens_per_s"] = seq_len * samples / row["step_s"]
         flops = flops_per_token(self.config.model, self.parameters, seq_len) * row["tokens_per_s"]

@@ -19,6 +19,8 @@ class Asked(NamedTuple):
 
     save: bool
     stop: bool
+    failed: bool
+    """A rank has seen its background save fail: all must look at theirs."""
 
 
 class Signals:
@@ -37,14 +39,14 @@ class Signals:
     def _on_usr1(self, number: int, frame: FrameType | None) -> None:
         self._save = True
 
-    def agree(self, world: Group, device: torch.device) -> Asked:
-        """What was asked of any rank; the same answer on all. Clears the request to save."""
-        flags = torch.tensor([self._save, self._stop], dtype=torch.int32, device=device)
+    def agree(self, world: Group, device: torch.device, *, failed: bool = False) -> Asked:
+        """What was asked of any rank, or has `failed` on one; the same answer on all. Clears the request to save."""
+        flags = torch.tensor([self._save, self._stop, failed], dtype=torch.int32, device=device)
         # Cleared before the exchange: a signal that arrives during it is kept for the next step.
         self._save = False
         world.all_reduce(flags)
-        save, stop = (bool(n) for n in flags.tolist())
-        return Asked(save=save or stop, stop=stop)
+        save, stop, failed = (bool(n) for n in flags.tolist())
+        return Asked(save=save or stop, stop=stop, failed=failed)
 
     def restore(self) -> None:
         """Put back the handlers that were there before."""

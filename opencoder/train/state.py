@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opencoder.checkpoint import hf, native
+from opencoder.checkpoint import folders, hf, native
+from opencoder.checkpoint.parts import Tensors
 from opencoder.config import Config
 from opencoder.errors import ConfigError
 from opencoder.model.decoder import Decoder, named_parameters
@@ -41,12 +42,12 @@ class RunState:
         }
 
 
-def weights_of(model: Decoder) -> native.Tensors:
+def weights_of(model: Decoder) -> Tensors:
     """The model's part of a checkpoint."""
     return {key: (p, placement_of(p)) for key, p in named_parameters(model).items()}
 
 
-def tensors_of(model: Decoder, optimizer: Optimizer) -> native.Tensors:
+def tensors_of(model: Decoder, optimizer: Optimizer) -> Tensors:
     """Every tensor of a checkpoint."""
     return {**weights_of(model), **optimizer.state_tensors()}
 
@@ -58,21 +59,21 @@ def restore(
 
     Raises ConfigError for what does not fit the configuration, DataError for a checkpoint that is damaged."""
     c, run_dir = config.checkpoint, Path(config.run_dir)
-    found = native.newest(run_dir)
+    if c.resume == "never" and folders.list_checkpoints(run_dir):
+        raise ConfigError(
+            f"{run_dir} already holds checkpoints and checkpoint.resume=never: choose another run_dir, or "
+            "checkpoint.resume=auto to go on"
+        )
+    found = folders.newest_intact(run_dir, mesh.world)
     if found is None:
         if c.load is not None:
             _load_weights(c.load, model, mesh)
             optimizer.weights_changed()
             say(f"initial weights from {c.load}")
         return RunState(stages=plan_stages(config, None))
-    if c.resume == "never":
-        raise ConfigError(
-            f"{run_dir} already holds checkpoints and checkpoint.resume=never: choose another run_dir, or "
-            "checkpoint.resume=auto to go on"
-        )
     saved = native.read_state(found)
     _check_same_data(native.read_config(found), config)
-    native.load_tensors(found, tensors_of(model, optimizer), mesh)
+    native.load_tensors(found, tensors_of(model, optimizer), mesh, checked=True)
     step = saved["step"]
     optimizer.set_step_count(step)
     say(f"resumed from {found} at step {step}")
@@ -95,4 +96,4 @@ def _load_weights(source: str, model: Decoder, mesh: Mesh) -> None:
     if hf.is_hf_folder(Path(source)):
         hf.load_weights(Path(source), weights_of(model), mesh)
     else:
-        native.load_tensors(native.resolve(source), weights_of(model), mesh)
+        native.load_tensors(folders.resolve(source), weights_of(model), mesh)

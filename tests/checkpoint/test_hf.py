@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opencoder.checkpoint import hf, native
+from opencoder.checkpoint import folders, hf, native
 from opencoder.config import Config
 from opencoder.errors import DataError
 from opencoder.model.decoder import Decoder, named_parameters
@@ -75,7 +75,7 @@ def test_native_to_hf_to_native_is_bitwise_equal(case: str, dtype: torch.dtype, 
     model = model_of(CASES[case], dtype)
     folder = hf.export(saved(model, tmp_path / "run"), tmp_path / "hf", shard_bytes=40_000)
     assert len(list(folder.glob("*.safetensors"))) > 1, "the case must be sharded"
-    back = native.resolve(hf.import_(folder, tmp_path / "native"))
+    back = folders.resolve(hf.import_(folder, tmp_path / "native"))
     again = build_model(native.read_config(back).model, Mesh(), dtype=dtype, device=torch.device("cpu"), seed=9)
     native.load_tensors(back, tensors_of(again), Mesh())
     for key, p in named_parameters(model).items():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from opencoder.checkpoint import native
+from opencoder.checkpoint import folders, native
 from opencoder.config import Config, OptimConfig
 from opencoder.errors import DataError, Failure
 from opencoder.model.decoder import named_parameters
@@ -48,7 +48,7 @@ def load_whole(rank: int, world: int, tp: int, folder: str, dtype: torch.dtype =
     """Everything in the checkpoint as loaded at this layout, with where each part belongs."""
     mesh, _, optimizer, weights = build(tp, 2, dtype)
     tensors = {**weights, **optimizer.state_tensors()}
-    native.load_tensors(native.resolve(folder), tensors, mesh)
+    native.load_tensors(folders.resolve(folder), tensors, mesh)
     return {key: (t.detach().clone(), p.slice_of(mesh)) for key, (t, p) in tensors.items()}
 
 
@@ -79,7 +79,7 @@ def test_master_weights_of_16_bit_training_are_saved(tmp_path: Path) -> None:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     train_and_save(0, 1, 1, str(tmp_path))
-    return native.resolve(tmp_path)
+    return folders.resolve(tmp_path)
 
 
 def test_a_missing_shard_is_named(checkpoint: Path) -> None:
@@ -105,18 +105,18 @@ def test_another_model_is_refused(checkpoint: Path) -> None:
 
 def test_no_checkpoint_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no checkpoint and no run folder"):
-        native.resolve(tmp_path)
+        folders.resolve(tmp_path)
 
 
 def test_leftovers_of_a_kill_are_cleared_and_old_checkpoints_dropped(tmp_path: Path) -> None:
     train_and_save(0, 1, 1, str(tmp_path))
     leftover = tmp_path / "checkpoints" / ".step_00000002.tmp"
-    shutil.copytree(native.resolve(tmp_path), leftover)
+    shutil.copytree(folders.resolve(tmp_path), leftover)
     mesh, model, _, weights = build(1, 1)
     config = Config.model_validate({"run_dir": str(tmp_path), "model": model.config.model_dump()})
     native.save(tmp_path, 2, weights, mesh, config=config, state=STATE, keep=1)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name != "latest"] == ["step_00000002"]
-    assert native.resolve(tmp_path).name == "step_00000002"
+    assert folders.resolve(tmp_path).name == "step_00000002"
 
 
 def save_with_a_full_disk(rank: int, world: int, folder: str) -> None:
@@ -138,6 +138,6 @@ def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(world: int, tmp
     with pytest.raises(RankError, match="could not be written") as caught:
         run_ranks(save_with_a_full_disk, world, str(tmp_path))
     assert Failure.__name__ in str(caught.value)
-    assert native.resolve(tmp_path).name == "step_00000001"
+    assert folders.resolve(tmp_path).name == "step_00000001"
     after = run_ranks(load_whole, 1, 1, str(tmp_path))[0]
     assert all(torch.equal(before[key][0], after[key][0]) for key in before)

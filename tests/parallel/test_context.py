@@ -17,7 +17,6 @@ from tests.harness import run_cases
 SAMPLES, LENGTH = 2, 32
 CHUNKS = {2: [(0, 3), (1, 2)], 4: [(0, 7), (1, 6), (2, 5), (3, 4)]}
 """cp → the chunks of each rank: what the split must be, written down."""
-CPU = torch.device("cpu")
 
 
 class Case(NamedTuple):
@@ -130,9 +129,9 @@ def test_every_token_has_one_rank_with_its_own_label_and_position(size: int) -> 
     for cp in groups:
         mine = split_sequence(tokens, cp)
         assert torch.equal(split_sequence(labels, cp), mine + 1)
-        assert torch.equal(token_numbers(LENGTH // size, cp, CPU).expand_as(mine), mine % LENGTH)
+        assert torch.equal(token_numbers(LENGTH // size, cp).expand_as(mine), mine % LENGTH)
         expected = mine - starts[torch.bucketize(mine, starts, right=True) - 1]
-        assert torch.equal(positions_of((SAMPLES, LENGTH // size), case.documents, CPU, cp), expected)
+        assert torch.equal(positions_of((SAMPLES, LENGTH // size), case.documents, cp), expected)
 
 
 @pytest.mark.fast

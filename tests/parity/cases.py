@@ -43,10 +43,15 @@ CASES: dict[str, Case] = {
     "dp4": Case(4, SMALL),
     "tp4": Case(4, {**SMALL, "kv_heads": 4}, 4, {"tp": 4}),
     "tp2-dp2-documents": Case(4, SMALL, 2, {"tp": 2}, documents=True),
+    "tp2-sp": Case(2, micro_batch=4, parallel={"tp": 2, "sequence_parallel": True}),
+    "tp2-sp-documents": Case(2, SMALL, 2, {"tp": 2, "sequence_parallel": True}, documents=True),
+    "tp2-dp2-sp": Case(4, {**SMALL, "tie_embeddings": True}, 2, {"tp": 2, "sequence_parallel": True}, documents=True),
+    "tp4-sp": Case(4, {**SMALL, "kv_heads": 4}, 1, {"tp": 4, "sequence_parallel": True}),
     "cp2": Case(2, micro_batch=4, parallel={"cp": 2}, documents=True),
     "cp2-dense": Case(2, SMALL, 2, {"cp": 2}),
     "cp2-tp2": Case(4, micro_batch=2, parallel={"cp": 2, "tp": 2}, documents=True),
     "cp2-dp2": Case(4, SMALL, 2, {"cp": 2}, documents=True),
+    "cp2-tp2-sp": Case(4, SMALL, 2, {"cp": 2, "tp": 2, "sequence_parallel": True}, documents=True),
 }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
-from opencoder.checkpoint import native
+from opencoder.checkpoint import folders, native
 from opencoder.data.indexed import IndexedWriter
 from opencoder.train.metrics import read_rows
 
@@ -63,7 +63,7 @@ def config(tmp_path: Path, prefix: Path, name: str = "run", **sections: Any) -> 
         "log": {"tensorboard": False},
     }
     for section, keys in sections.items():
-        tree[section] |= keys
+        tree[section] = tree.get(section, {}) | keys
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -117,7 +117,7 @@ def same_checkpoints(a: Path, b: Path) -> bool:
 
     tensors = []
     for run in (a, b):
-        folder = native.resolve(run)
+        folder = folders.resolve(run)
         import torch.distributed.checkpoint as dcp
 
         metadata = dcp.FileSystemReader(folder / "tensors").read_metadata().state_dict_metadata
@@ -139,7 +139,7 @@ def test_stopped_by_sigterm_and_resumed_equals_an_undisturbed_run(tmp_path: Path
     rest = process.stdout.read()
     assert process.wait() == 0
     assert "as asked; the same command goes on from here" in rest
-    stopped_at = int(native.resolve(tmp_path / "run").name.removeprefix("step_"))
+    stopped_at = int(folders.resolve(tmp_path / "run").name.removeprefix("step_"))
     assert 5 <= stopped_at < 12
     assert f"at step {stopped_at}" in train(path).stdout
     assert losses(tmp_path / "run") == losses(whole)
@@ -158,9 +158,67 @@ def test_two_processes_stopped_by_sigterm_save_and_resume(tmp_path: Path, prefix
             break
     process.stdout.read()
     assert process.wait() == 1  # torchrun's own status
-    assert 3 <= int(native.resolve(tmp_path / "run").name.removeprefix("step_")) < 12
+    assert 3 <= int(folders.resolve(tmp_path / "run").name.removeprefix("step_")) < 12
     train(path, "parallel.tp=2", ranks=2)
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_two_processes_that_save_in_the_background_stop_with_a_whole_checkpoint(
+    tmp_path: Path, prefix: Path, whole: Path
+) -> None:
+    path = config(tmp_path, prefix, checkpoint={"every": 1, "async_save": True, "keep": 2}, parallel={"tp": 2})
+    process = subprocess.Popen(
+        [*TORCHRUN, "-m", "opencoder.train", str(path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.stdout.read()
+    process.wait()
+    assert all(folders.problem_of(folder) is None for folder in folders.list_checkpoints(tmp_path / "run"))
+    stopped_at = folders.step_of(folders.resolve(tmp_path / "run"))
+    assert 5 <= stopped_at < 12
+    assert f"at step {stopped_at}" in train(path, ranks=2).stdout
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-5)
+    assert len(folders.list_checkpoints(tmp_path / "run")) == 2
+    assert all(row["save_wait_s"] >= 0 for row in read_rows(tmp_path / "run" / "metrics.jsonl"))
+
+
+FULL_ON_ONE_RANK = """
+import os, resource, runpy, signal, sys
+if os.environ["RANK"] == "RANK_TO_FAIL":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    from opencoder.checkpoint import native
+    write, files = native.write_parts, resource.getrlimit(resource.RLIMIT_FSIZE)
+    def limited(folder, *args):
+        if "step_00000008" in str(folder):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, files[1]))
+        return write(folder, *args)
+    native.write_parts = limited
+sys.argv[0] = "train"
+runpy.run_module("opencoder.train", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("rank", "in_background"), [(0, False), (1, False), (1, True)])
+def test_a_disk_full_on_one_rank_ends_all_with_one_line(
+    rank: int, in_background: bool, tmp_path: Path, prefix: Path
+) -> None:
+    """No file of that rank may grow beyond 4 KB from step 8 on."""
+    path = config(tmp_path, prefix, train={"steps": 500}, checkpoint={"async_save": in_background})
+    script = tmp_path / "train.py"
+    script.write_text(FULL_ON_ONE_RANK.replace("RANK_TO_FAIL", str(rank)))
+    start = time.monotonic()
+    done = subprocess.run([*TORCHRUN, str(script), str(path)], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert time.monotonic() - start < 60
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith(("failed:", "error:"))]
+    assert "checkpoint of step 8 could not be written" in line
+    assert f"rank {rank}: [Errno 27] File too large" in line
+    assert folders.resolve(tmp_path / "run").name == "step_00000004"
+    assert ("step 9/" in done.stdout) == in_background
 
 
 def test_sigusr1_saves_and_goes_on(tmp_path: Path, prefix: Path) -> None:
@@ -173,26 +231,30 @@ def test_sigusr1_saves_and_goes_on(tmp_path: Path, prefix: Path) -> None:
             break
     process.stdout.read()
     assert process.wait() == 0
-    saved = [int(p.name.removeprefix("step_")) for p in native.list_checkpoints(tmp_path / "run")]
+    saved = [int(p.name.removeprefix("step_")) for p in folders.list_checkpoints(tmp_path / "run")]
     assert len(saved) == 2
     assert 3 <= saved[0] < 12
     assert saved[1] == 12
 
 
 @pytest.mark.parametrize("part", ["tensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("in_background", [False, True])
 def test_killed_while_saving_and_started_again_equals_an_undisturbed_run(
-    part: str, tmp_path: Path, prefix: Path, whole: Path
+    in_background: bool, part: str, tmp_path: Path, prefix: Path, whole: Path
 ) -> None:
     """kill -9 as soon as `part` of the second checkpoint exists in its temporary folder."""
     path = config(tmp_path, prefix, train={"eval_every": 6, "eval_samples": 8}, checkpoint={"every": 1})
-    process = subprocess.Popen([sys.executable, "-m", "opencoder.train", str(path)], stdout=subprocess.DEVNULL)
+    asynchronous = f"checkpoint.async_save={str(in_background).lower()}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "opencoder.train", str(path), asynchronous], stdout=subprocess.DEVNULL
+    )
     target = tmp_path / "run" / "checkpoints" / ".step_00000002.tmp" / part
     final = tmp_path / "run" / "checkpoints" / "step_00000003"
     while process.poll() is None and not target.exists() and not final.exists():
         time.sleep(0.0005)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    train(path)
+    train(path, asynchronous)
     assert losses(tmp_path / "run") == losses(whole)
     assert same_checkpoints(tmp_path / "run", whole)
     assert not list((tmp_path / "run" / "checkpoints").glob(".step_*"))
@@ -210,7 +272,7 @@ def test_a_longer_run_keeps_the_order_of_the_first_stage(tmp_path: Path, prefix:
     path = config(tmp_path, prefix, optim={"schedule": "constant", "warmup_steps": 0, "decay_steps": 0})
     train(path, "train.steps=6")
     train(path, "train.steps=9")
-    state = native.read_state(native.resolve(tmp_path / "run"))
+    state = native.read_state(folders.resolve(tmp_path / "run"))
     assert [stage["num_samples"] for stage in state["stages"]] == [48, 24]
     assert len(losses(tmp_path / "run")) == 9
 
@@ -284,9 +346,24 @@ def test_dataset_and_tokenizer_must_agree_with_the_model(tmp_path: Path, prefix:
 def test_a_checkpoint_without_a_shard_is_refused_by_name(tmp_path: Path, prefix: Path) -> None:
     path = config(tmp_path, prefix)
     train(path, "train.steps=4", "optim.decay_steps=0")
-    shard = next((native.resolve(tmp_path / "run") / "tensors").glob("*.distcp"))
+    shard = next((folders.resolve(tmp_path / "run") / "tensors").glob("*.distcp"))
     shard.unlink()
     assert f"lacks tensors/{shard.name}" in refused(path, "train.steps=8", "optim.decay_steps=0")
+
+
+def test_a_damaged_checkpoint_leads_back_to_the_one_before(tmp_path: Path, prefix: Path, whole: Path) -> None:
+    path = config(tmp_path, prefix, train={"eval_every": 6, "eval_samples": 8})
+    train(path)
+    shard = next((folders.resolve(tmp_path / "run") / "tensors").glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    again = train(path)
+    (line,) = [line for line in again.stderr.splitlines() if "WARNING" in line]
+    assert f"tensors/{shard.name} has CRC-32" in line
+    assert line.endswith("Going back to step_00000008")
+    assert losses(tmp_path / "run") == losses(whole)
+    assert same_checkpoints(tmp_path / "run", whole)
 
 
 def test_another_sequence_length_is_not_a_resume(tmp_path: Path, prefix: Path) -> None:
