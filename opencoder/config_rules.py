@@ -53,7 +53,6 @@ def _check_available(config: Config) -> None:
         "data.fim": d.fim is not None,
         "data.stages": bool(d.stages),
         "data.cache_dir": d.cache_dir is not None,
-        f"parallel.context_attention={p.context_attention}": p.context_attention != "ring",
         "parallel.overlap": p.overlap is not None,
         f"model.init={config.model.init}": config.model.init != "normal",
         f"train.recompute={t.recompute}": str(t.recompute) not in ("none", "full"),
@@ -114,8 +113,9 @@ def _check_tensor_parallel(config: Config) -> None:
 
 
 def _check_context(config: Config) -> None:
-    """Each sample is cut in 2·cp chunks, in every stage of the data."""
-    cp, d = config.parallel.cp, config.data
+    """Each sample is cut in 2·cp chunks, in every stage of the data; heads are spread over cp if attention exchanges them."""
+    p, d = config.parallel, config.data
+    cp = p.cp
     lengths = {"data.seq_len": d.seq_len}
     lengths |= {f"data.stages.{i}.seq_len": s.seq_len for i, s in enumerate(d.stages) if s.seq_len is not None}
     for key, length in lengths.items():
@@ -125,6 +125,20 @@ def _check_context(config: Config) -> None:
                 f"{key}={length} cannot be cut in 2·cp chunks with parallel.cp={cp}: set it to a multiple of {2 * cp}, "
                 f"such as {below or 2 * cp}"
             )
+    if p.context_attention != "ulysses":
+        return
+    if cp == 1:
+        raise ConfigError(
+            "parallel.context_attention=ulysses says how attention works over cp, but parallel.cp=1: raise parallel.cp or remove "
+            "the key"
+        )
+    heads, kv_heads = config.model.heads // p.tp, max(config.model.kv_heads // p.tp, 1)
+    fitting = [n for n in divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0]
+    if cp not in fitting:
+        raise ConfigError(
+            f"parallel.context_attention=ulysses cannot spread {heads} query and {kv_heads} key/value heads of each tp rank over "
+            f"parallel.cp={cp}: set parallel.cp to one of {fitting} or parallel.context_attention=ring"
+        )
 
 
 def _check_batches(config: Config, dp: int) -> None:

@@ -74,7 +74,12 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         (["parallel.sequence_parallel=true", "parallel.tp=2", "data.seq_len=255"], 2, "set it to a multiple of 2"),
         (["parallel.pp=2"], 2, "not available"),
         (["data.kind=sft"], 1, "not available"),
-        (["parallel.context_attention=ulysses"], 1, "parallel.context_attention=ulysses is not available"),
+        (["parallel.context_attention=ulysses"], 1, "but parallel.cp=1: raise parallel.cp or remove the key"),
+        (
+            ["parallel.context_attention=ulysses", "parallel.cp=4", "parallel.tp=4"],
+            16,
+            "cannot spread 2 query and 1 key/value heads of each tp rank over parallel.cp=4: set parallel.cp to one of [1, 2]",
+        ),
         (
             ["parallel.cp=3"],
             3,

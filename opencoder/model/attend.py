@@ -4,7 +4,7 @@ B batch, S tokens of a sample, H query heads, G key/value heads, D head dim; /tp
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -12,6 +12,9 @@ from opencoder import kernels as K
 from opencoder.parallel.context import token_numbers
 from opencoder.parallel.mesh import SINGLE, Group
 from opencoder.parallel.ring import Piece, ring_attention, ring_pieces
+from opencoder.parallel.ulysses import heads_for_tokens, tokens_for_heads
+
+ContextAttention = Literal["ring", "ulysses"]
 
 
 class Documents(NamedTuple):
@@ -38,13 +41,15 @@ class Context(NamedTuple):
     """None: every sample is one document."""
     cp: Group = SINGLE
     ring: tuple[Piece, ...] = ()
-    """The steps of ring attention over `cp`."""
+    """The steps of ring attention over `cp`; none: attention by exchange."""
 
 
-def context_of(rope: Rope, documents: Documents | None, length: int, cp: Group = SINGLE) -> Context:
+def context_of(
+    rope: Rope, documents: Documents | None, length: int, cp: Group = SINGLE, kind: ContextAttention = "ring"
+) -> Context:
     """For a pass over `length` = S/cp tokens of each sample on each rank of `cp`."""
-    if cp.size == 1:
-        return Context(rope, documents)
+    if cp.size == 1 or kind == "ulysses":
+        return Context(rope, documents, cp)
     cu_seqlens, max_seqlen = documents or (None, None)
     ring = ring_pieces(cp, length=length, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     return Context(rope, documents, cp, ring)
@@ -65,9 +70,15 @@ def positions_of(
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context) -> torch.Tensor:
     """Causal attention: q (B, S/cp, H/tp, D), k and v (B, S/cp, G/tp, D), turned already → (B, S/cp, H/tp, D)."""
-    if context.cp.size > 1:
+    if context.ring:
         return ring_attention(q, k, v, context.cp, context.ring)
-    documents = context.documents
+    if context.cp.size > 1:
+        return tokens_for_heads(_whole(*heads_for_tokens(q, k, v, context.cp), context.documents), context.cp)
+    return _whole(q, k, v, context.documents)
+
+
+def _whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None) -> torch.Tensor:
+    """The same of whole samples: q (B, S, H, D), k and v (B, S, G, D) → (B, S, H, D)."""
     if documents is None:
         return K.attention(q, k, v, causal=True)
     out = K.attention(  # (B, S, H, D) -> (B·S, H, D), packed

@@ -146,7 +146,7 @@ class Decoder(nn.Module):
         tokens_split = parallel.sequence_parallel and mesh.tp.size > 1
         self.tokens_split_over = mesh.tp.size if tokens_split else 1
         """Ranks that share the tokens of a hidden state."""
-        self.config, self.cp = config, mesh.cp
+        self.config, self.cp, self.context_attention = config, mesh.cp, parallel.context_attention
         self.part = part = part or Part(range(config.layers), first=True, last=True)
         if config.tie_embeddings and part.first != part.last:
             raise ValueError("a model with tied embeddings cannot be cut: its two ends share a matrix")
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
         if not self.part.first:
             s *= self.tokens_split_over
         rope = rotary_table(self.config, (b, s), documents, positions=positions, cp=self.cp, device=x.device)
-        context = context_of(rope, documents, s, self.cp)
+        context = context_of(rope, documents, s, self.cp, self.context_attention)
         if self.part.first:
             x = self.embed_tokens(x)
         residual: torch.Tensor | None = None

@@ -14,6 +14,7 @@ from opencoder.config import Config, data_parallel_size
 from opencoder.model.decoder import Decoder
 from opencoder.parallel.mesh import Mesh, pretend_mesh
 from opencoder.parallel.placement import placement_of
+from opencoder.parallel.ulysses import key_heads_for
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
 
@@ -98,13 +99,18 @@ def _tensor_parallel_bytes(config: Config, mesh: Mesh, tokens: int, width: int) 
 
 
 def _context_parallel_bytes(config: Config, mesh: Mesh, tokens: int, width: int) -> int:
-    """Per micro-batch: in each layer keys and values go round twice (forward and backward), and their gradients, in fp32 or
-    wider, once and home."""
-    m, cp = config.model, mesh.cp.size
-    kv = 2 * tokens * m.kv_heads // mesh.tp.size * m.head_dim
-    again = 2 if {"full", "attention"} & set(config.train.recompute.modules) else 1
-    hops = (cp - 1) * (1 + again) * width + (cp if cp > 1 else 0) * max(width, 4)
-    return m.layers * kv * hops
+    """Per micro-batch. Ring: in each layer keys and values go round in forward and in backward, and their gradients, in fp32 or
+    wider, round and home. Exchange: q, k, v and the output once in forward and once in backward."""
+    m, tp, cp = config.model, mesh.tp.size, mesh.cp.size
+    if cp == 1:
+        return 0
+    passes = 3 if {"full", "attention"} & set(config.train.recompute.modules) else 2
+    kv_heads = max(m.kv_heads // tp, 1)
+    if config.parallel.context_attention == "ring":
+        per_head = (cp - 1) * passes * width + cp * max(width, 4)
+        return m.layers * 2 * tokens * kv_heads * m.head_dim * per_head
+    heads = 2 * m.heads // tp + 2 * key_heads_for(kv_heads, cp)
+    return m.layers * passes * tokens * heads * m.head_dim * width * (cp - 1) // cp
 
 
 def describe(config: Config, world_size: int) -> str:

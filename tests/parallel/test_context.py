@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opencoder.model.attend import Documents, Rope, attend, context_of, positions_of
+from opencoder.model.attend import ContextAttention, Documents, Rope, attend, context_of, positions_of
 from opencoder.parallel.context import split_sequence, token_numbers
 from opencoder.parallel.mesh import Group, create_mesh
+from opencoder.parallel.ulysses import heads_for_tokens
 from tests.harness import run_cases
 
 SAMPLES, LENGTH = 2, 32
@@ -26,6 +27,7 @@ class Case(NamedTuple):
     kv_heads: int = 4
     begins: tuple[tuple[int, ...], ...] | None = None
     dtype: torch.dtype = torch.float64
+    kind: ContextAttention = "ring"
 
     @property
     def bounds(self) -> list[int]:
@@ -54,6 +56,8 @@ CASES = {
     "fp32": Case(8, 2, ((5, 20), (16,)), torch.float32),
     "bf16": Case(8, 2, ((5, 20), (16,)), torch.bfloat16),
 }
+CASES |= {f"{name}, exchanged": case._replace(kind="ulysses") for name, case in CASES.items()}
+CASES["as many key heads as ranks or more, exchanged"] = Case(8, 4, ((5, 20), (16,)), kind="ulysses")
 
 
 def tensors(case: Case) -> tuple[torch.Tensor, ...]:
@@ -81,7 +85,7 @@ def cut_attention(rank: int, world: int, case: Case) -> list[torch.Tensor]:
     q, k, v, dout = (split_sequence(t, cp) for t in tensors(case))
     inputs = [t.requires_grad_() for t in (q, k, v)]
     rope = Rope(q, q)  # plays no part in attend
-    out = attend(*inputs, context_of(rope, case.documents, LENGTH // world, cp))
+    out = attend(*inputs, context_of(rope, case.documents, LENGTH // world, cp, case.kind))
     return [t.detach() for t in (out, *torch.autograd.grad(out, inputs, dout))]
 
 
@@ -138,3 +142,12 @@ def test_every_token_has_one_rank_with_its_own_label_and_position(size: int) -> 
 def test_samples_that_cannot_be_cut_are_refused() -> None:
     with pytest.raises(ValueError, match="samples of 30 tokens cannot be cut in 2·cp = 4 chunks"):
         split_sequence(torch.zeros(1, 30), Group(2))
+
+
+@pytest.mark.fast
+def test_heads_that_cannot_be_spread_are_refused() -> None:
+    q, k = torch.zeros(1, 8, 6, 4), torch.zeros(1, 8, 3, 4)
+    with pytest.raises(ValueError, match="6 query heads cannot be spread over cp=4: take a multiple"):
+        heads_for_tokens(q, k, k, Group(4))
+    with pytest.raises(ValueError, match="3 key/value heads cannot be spread over cp=2"):
+        heads_for_tokens(q, k, k, Group(2))

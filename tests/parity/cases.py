@@ -51,6 +51,10 @@ CASES: dict[str, Case] = {
     "cp2-dense": Case(2, SMALL, 2, {"cp": 2}),
     "cp2-tp2": Case(4, micro_batch=2, parallel={"cp": 2, "tp": 2}, documents=True),
     "cp2-dp2": Case(4, SMALL, 2, {"cp": 2}, documents=True),
+    "cp2-ulysses": Case(2, SMALL, 2, {"cp": 2, "context_attention": "ulysses"}, documents=True),
+    "cp2-tp2-ulysses": Case(
+        4, micro_batch=2, parallel={"cp": 2, "tp": 2, "context_attention": "ulysses"}, documents=True
+    ),
     "cp2-tp2-sp": Case(4, SMALL, 2, {"cp": 2, "tp": 2, "sequence_parallel": True}, documents=True),
 }
 
