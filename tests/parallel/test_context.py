@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
+from opencoder.config import OptimConfig, ParallelConfig
+from opencoder.data.loader import MicroBatch
 from opencoder.model.attend import ContextAttention, Documents, Rope, attend, context_of, positions_of
+from opencoder.model.decoder import named_parameters
+from opencoder.model.initialise import build_model
+from opencoder.optim.optimizer import ReplicatedOptimizer
 from opencoder.parallel.context import split_sequence, token_numbers
 from opencoder.parallel.mesh import Group, create_mesh
 from opencoder.parallel.ulysses import heads_for_tokens
+from opencoder.train.step import TrainStep
 from tests.harness import run_cases
+from tests.model.cases import SMALL, batch, model_config
 
+CPU = torch.device("cpu")
 SAMPLES, LENGTH = 2, 32
 CHUNKS = {2: [(0, 3), (1, 2)], 4: [(0, 7), (1, 6), (2, 5), (3, 4)]}
 """cp → the chunks of each rank: what the split must be, written down."""
@@ -151,3 +160,102 @@ def test_heads_that_cannot_be_spread_are_refused() -> None:
         heads_for_tokens(q, k, k, Group(4))
     with pytest.raises(ValueError, match="3 key/value heads cannot be spread over cp=2"):
         heads_for_tokens(q, k, k, Group(2))
+
+
+# ---- the trainer's own step ----
+
+TARGETS = {
+    "one in the first chunk": [[3], []],
+    "one in the last chunk": [[], [LENGTH - 1]],
+    "the last token of every chunk": [[*range(3, LENGTH, 4)], [*range(3, LENGTH, 4)]],
+    "many in one sample, few in the other": [[*range(LENGTH)], [9]],
+    "none": [[], []],
+}
+"""Unmasked labels of the two samples. With cp 4 a chunk is 4 tokens: most of these leave ranks without any target."""
+
+
+def one_step(rank: int, world: int, targets: list[list[int]], kind: ContextAttention) -> dict[str, torch.Tensor]:
+    """Evaluation before, then one update with a sample to a micro-batch: losses, counts and every gradient."""
+    parallel = ParallelConfig(cp=world, context_attention=kind)
+    mesh = create_mesh(cp=world)
+    model = build_model(model_config(SMALL), mesh, dtype=torch.float64, device=CPU, seed=3, parallel=parallel)
+    settings = OptimConfig(clip_norm=None, betas=(0.0, 0.0), eps=1.0)  # AdamW's first moment is the gradient itself
+    optimizer = ReplicatedOptimizer(named_parameters(model), settings, mesh)
+    tokens, labels = batch(SMALL["vocab_size"], SAMPLES, LENGTH)
+    labels = torch.where(labels == -100, 7, labels)
+    kept = torch.zeros_like(labels, dtype=torch.bool)
+    for sample, at in enumerate(targets):
+        kept[sample, at] = True
+    bounds = torch.tensor([0, 5, 16, LENGTH], dtype=torch.int32)
+    batches = [
+        MicroBatch(tokens[i : i + 1], labels[i : i + 1].masked_fill(~kept[i : i + 1], -100), bounds, 16)
+        for i in range(SAMPLES)
+    ]
+    step = TrainStep(model, optimizer, mesh, device=CPU)
+    before = step.evaluate(batches)
+    result = step.update(batches, lr=1e-3)
+    gradients = {key: state[0] for key, state in optimizer.state_tensors().items() if "exp_avg." in key}
+    assert len(gradients) == len(named_parameters(model))
+    return {"evaluated": before, "loss": result.loss, "norm": result.grad_norm, "targets": result.targets, **gradients}
+
+
+@pytest.fixture(scope="module")
+def stepped() -> dict[int, dict[str, list[dict[str, torch.Tensor]]]]:
+    """cp → case → what each rank found."""
+    cases = {f"{name}, {kind}": (targets, kind) for name, targets in TARGETS.items() for kind in ("ring", "ulysses")}
+    return {cp: run_cases(one_step, cp, cases) for cp in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("kind", ["ring", "ulysses"])
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("cp", [2, 4])
+def test_few_targets_count_as_in_one_process(cp: int, name: str, kind: str, stepped: dict[int, Any]) -> None:
+    truth = stepped[1][f"{name}, {kind}"][0]
+    assert truth["targets"] == max(sum(len(at) for at in TARGETS[name]), 1)
+    for found in stepped[cp][f"{name}, {kind}"]:
+        assert found.keys() == truth.keys()
+        for what, tensor in found.items():
+            assert float((tensor - truth[what]).double().norm()) <= 1e-11 * float(truth[what].double().norm()), (
+                what
+            )  # a NaN is not
+
+
+# ---- schedules that split the backward pass ----
+
+
+def split_backward(rank: int, world: int, kind: ContextAttention) -> tuple[list[int], float]:
+    """Collectives of: forward, whole backward; forward, backward to the inputs, backward to the weights. And how far apart
+    the gradients of both are."""
+    mesh = create_mesh(cp=world)
+    torch.manual_seed(0)
+    project, back = torch.nn.Linear(32, 6 * 16, dtype=torch.float64), torch.nn.Linear(64, 32, dtype=torch.float64)
+    weights = [*project.parameters(), *back.parameters()]
+    x = split_sequence(torch.randn(1, LENGTH, 32, dtype=torch.float64), mesh.cp).requires_grad_()
+
+    def forward() -> torch.Tensor:
+        q, k, v = project(x).unflatten(2, (6, 16)).split([4, 1, 1], 2)
+        context = context_of(Rope(q, q), None, LENGTH // world, mesh.cp, kind)
+        return back(attend(q, k, v, context).flatten(2)) * 2  # a view could not leave a stage
+
+    counts = []
+    mesh.records.take()
+    out = forward()
+    counts.append(mesh.records.take().collectives)
+    truth = torch.autograd.grad(out, [x, *weights], torch.ones_like(out))
+    counts.append(mesh.records.take().collectives)
+    out = forward()
+    counts.append(mesh.records.take().collectives)
+    (dx,), groups = stage_backward_input([out], [torch.ones_like(out)], [x], iter(weights))
+    counts.append(mesh.records.take().collectives)
+    stage_backward_weight(iter(weights), groups)
+    counts.append(mesh.records.take().collectives)
+    return counts, max(error(a, b) for a, b in zip([dx, *(w.grad for w in weights)], truth, strict=True))
+
+
+def test_a_split_backward_pass_communicates_once() -> None:
+    found = run_cases(split_backward, 2, {"ring": ("ring",), "ulysses": ("ulysses",)})
+    # Ring of 2: one hop of keys and values forward; backward that again, and two of their gradients.
+    for kind, expected in (("ring", [1, 3, 1, 3, 0]), ("ulysses", [2, 2, 2, 2, 0])):
+        for counts, apart in found[kind]:
+            assert counts == expected
+            assert apart < 1e-14

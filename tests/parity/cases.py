@@ -56,6 +56,9 @@ CASES: dict[str, Case] = {
         4, micro_batch=2, parallel={"cp": 2, "tp": 2, "context_attention": "ulysses"}, documents=True
     ),
     "cp2-tp2-sp": Case(4, SMALL, 2, {"cp": 2, "tp": 2, "sequence_parallel": True}, documents=True),
+    "cp4": Case(4, {**SMALL, "tie_embeddings": True}, 2, {"cp": 4}, documents=True),
+    "cp4-ulysses": Case(4, SMALL, 4, {"cp": 4, "context_attention": "ulysses"}, documents=True),
+    "cp2-tp2-dp2-sp": Case(8, SMALL, 2, {"cp": 2, "tp": 2, "sequence_parallel": True}, documents=True),
 }
 
 
