@@ -15,6 +15,7 @@ from opencoder.model.decoder import Decoder, named_parameters
 from opencoder.optim.update import check_groups
 from opencoder.parallel.mesh import Mesh, pretend_mesh
 from opencoder.parallel.placement import placement_of
+from opencoder.parallel.ulysses import key_heads_for
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
 
@@ -33,9 +34,11 @@ class Estimate:
     activations: int
     logits: int
     data_parallel_traffic: int
-    """Sent by each rank per step."""
+    """Sent by each rank per step, over dp and cp together: the sum of gradients."""
     tensor_parallel_traffic: int
     """Sent by each rank per step."""
+    context_parallel_traffic: int
+    """Sent by each rank per step, in attention."""
 
     @property
     def peak(self) -> int:
@@ -57,7 +60,7 @@ def estimate(config: Config, world_size: int) -> Estimate:
     wide = max(width, 4)
     states = 2 if config.optim.name == "adamw" else 1
     master = wide if width < 4 else 0
-    tokens = t.micro_batch_size * config.data.seq_len
+    tokens = t.micro_batch_size * config.data.seq_len // p.cp
     rows = m.padded_vocab_size // p.tp
     replicas = mesh.dp.size * mesh.cp.size
     sharded = p.sharded_optimizer
@@ -73,6 +76,7 @@ def estimate(config: Config, world_size: int) -> Estimate:
         # sharded: gradients to their owners, weights back, each half of a ring all-reduce
         data_parallel_traffic=_ring(mine * (wide + width) // 2 if sharded else mine * wide, replicas),
         tensor_parallel_traffic=micro_batches * _tensor_parallel_bytes(config, mesh, tokens, width),
+        context_parallel_traffic=micro_batches * _context_parallel_bytes(config, mesh, tokens, width),
     )
 
 
@@ -83,9 +87,11 @@ def _ring(size: int, ranks: int) -> int:
 
 def _activations(config: Config, mesh: Mesh, tokens: int, width: int) -> int:
     m, tp = config.model, mesh.tp.size
-    # per token: input, sum, output of two norms; q, k (before and after rotary), v, attention output; gate, up
+    # per token: input, sum, output of two norms (the outputs whole even under sequence parallelism: they are gathered);
+    # q, k (before and after rotary), v, attention output; gate, up
     split = (3 * m.heads + 3 * m.kv_heads) * m.head_dim + 2 * m.ffn_size
-    layer = tokens * width * (6 * m.hidden_size + split // tp)
+    hidden = (2 + 4 / tp if config.parallel.sequence_parallel else 6) * m.hidden_size
+    layer = int(tokens * width * (hidden + split // tp))
     if "full" in config.train.recompute.modules:
         return config.model.layers * tokens * width * 2 * m.hidden_size + layer
     return config.model.layers * layer
@@ -95,6 +101,21 @@ def _tensor_parallel_bytes(config: Config, mesh: Mesh, tokens: int, width: int) 
     """Per micro-batch: two all-reduces forward and two backward in each layer, one each for embedding and head."""
     per_reduce = _ring(tokens * config.model.hidden_size * width, mesh.tp.size)
     return (4 * config.model.layers + 2) * per_reduce
+
+
+def _context_parallel_bytes(config: Config, mesh: Mesh, tokens: int, width: int) -> int:
+    """Per micro-batch. Ring: in each layer keys and values go round in forward and in backward, and their gradients, in fp32 or
+    wider, round and home. Exchange: q, k, v and the output once in forward and once in backward."""
+    m, tp, cp = config.model, mesh.tp.size, mesh.cp.size
+    if cp == 1:
+        return 0
+    passes = 3 if {"full", "attention"} & set(config.train.recompute.modules) else 2
+    kv_heads = max(m.kv_heads // tp, 1)
+    if config.parallel.context_attention == "ring":
+        per_head = (cp - 1) * passes * width + cp * max(width, 4)
+        return m.layers * 2 * tokens * kv_heads * m.head_dim * per_head
+    heads = 2 * m.heads // tp + 2 * key_heads_for(kv_heads, cp)
+    return m.layers * passes * tokens * heads * m.head_dim * width * (cp - 1) // cp
 
 
 def describe(config: Config, world_size: int) -> str:
@@ -115,7 +136,8 @@ def describe(config: Config, world_size: int) -> str:
         f"logits            {e.logits / gib:.3f} GiB ({config.model.head.chunk_tokens} tokens at a time)",
         f"estimated peak    {e.peak / gib:.3f} GiB per rank",
         f"communication     {e.data_parallel_traffic / gib:.3f} GiB data-parallel, "
-        f"{e.tensor_parallel_traffic / gib:.3f} GiB tensor-parallel, sent per rank and step",
+        f"{e.tensor_parallel_traffic / gib:.3f} GiB tensor-parallel, "
+        f"{e.context_parallel_traffic / gib:.3f} GiB context-parallel, sent per rank and step",
         f"run               {config.train.total_steps()} steps × {config.train.global_batch_size} samples × "
         f"{config.data.seq_len} tokens = "
         f"{config.train.total_steps() * config.train.global_batch_size * config.data.seq_len:,} tokens",

@@ -50,7 +50,13 @@ class Trainer:
         self.dtype = DTYPES[config.train.precision]
         t = config.train
         self.model = build_model(
-            config.model, mesh, dtype=self.dtype, device=device, seed=t.seed, recompute=t.recompute
+            config.model,
+            mesh,
+            dtype=self.dtype,
+            device=device,
+            seed=t.seed,
+            recompute=t.recompute,
+            parallel=config.parallel,
         )
         self.optimizer: Optimizer = build_optimizer(
             named_parameters(self.model),

@@ -46,6 +46,22 @@ CASES: dict[str, Case] = {
     "dp2-sharded": Case(2, micro_batch=2, parallel={"sharded_optimizer": True}),
     "dp4-sharded": Case(4, SMALL, parallel={"sharded_optimizer": True}),
     "dp2-tp2-sharded": Case(4, SMALL, 2, {"tp": 2, "sharded_optimizer": True}, documents=True),
+    "tp2-sp": Case(2, micro_batch=4, parallel={"tp": 2, "sequence_parallel": True}),
+    "tp2-sp-documents": Case(2, SMALL, 2, {"tp": 2, "sequence_parallel": True}, documents=True),
+    "tp2-dp2-sp": Case(4, {**SMALL, "tie_embeddings": True}, 2, {"tp": 2, "sequence_parallel": True}, documents=True),
+    "tp4-sp": Case(4, {**SMALL, "kv_heads": 4}, 1, {"tp": 4, "sequence_parallel": True}),
+    "cp2": Case(2, micro_batch=4, parallel={"cp": 2}, documents=True),
+    "cp2-dense": Case(2, SMALL, 2, {"cp": 2}),
+    "cp2-tp2": Case(4, micro_batch=2, parallel={"cp": 2, "tp": 2}, documents=True),
+    "cp2-dp2": Case(4, SMALL, 2, {"cp": 2}, documents=True),
+    "cp2-ulysses": Case(2, SMALL, 2, {"cp": 2, "context_attention": "ulysses"}, documents=True),
+    "cp2-tp2-ulysses": Case(
+        4, micro_batch=2, parallel={"cp": 2, "tp": 2, "context_attention": "ulysses"}, documents=True
+    ),
+    "cp2-tp2-sp": Case(4, SMALL, 2, {"cp": 2, "tp": 2, "sequence_parallel": True}, documents=True),
+    "cp4": Case(4, {**SMALL, "tie_embeddings": True}, 2, {"cp": 4}, documents=True),
+    "cp4-ulysses": Case(4, SMALL, 4, {"cp": 4, "context_attention": "ulysses"}, documents=True),
+    "cp2-tp2-dp2-sp": Case(8, SMALL, 2, {"cp": 2, "tp": 2, "sequence_parallel": True}, documents=True),
 }
 
 

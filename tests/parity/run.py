@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from opencoder.config import OptimConfig
+from opencoder.config import OptimConfig, ParallelConfig
 from opencoder.model.decoder import named_parameters
 from opencoder.model.initialise import build_model
 from opencoder.optim.build import build_optimizer
@@ -43,8 +43,9 @@ class Outcome(NamedTuple):
 def one_update(rank: int, world: int, case: Case, dtype: torch.dtype = torch.float64) -> Outcome:
     """One update of a fresh model at the layout of `case`, with a norm that clips."""
     config = model_config(case.base)
-    mesh = create_mesh(tp=case.parallel.get("tp", 1))
-    model = build_model(config, mesh, dtype=dtype, device=CPU, seed=3)
+    parallel = ParallelConfig(**case.parallel)
+    mesh = create_mesh(tp=parallel.tp, cp=parallel.cp)
+    model = build_model(config, mesh, dtype=dtype, device=CPU, seed=3, parallel=parallel)
     # With β = (0, 0) the first moment is the clipped gradient itself. AdamW's update would then be the gradient's sign, whose
     # weights say nothing of it: eps far above the gradients makes the update proportional to them instead.
     settings = OptimConfig(clip_norm=0.1, lr=LR, betas=(0.0, 0.0), eps=1.0)
