@@ -117,8 +117,9 @@ class ParallelConfig(Branch):
     virtual_stages: int = Field(1, ge=1)
     """Model chunks per pipeline rank."""
     schedule: Literal["1f1b", "interleaved", "zb", "zbv"] = "1f1b"
+    """Order of the micro-batches in a pipeline (others than 1f1b: not available yet)."""
     layout: list[int] | None = None
-    """Layers per pipeline stage; default: balanced."""
+    """Layers of each of the pp·virtual_stages stages; None: balanced, with the head counted as the layers it costs."""
     sharded_optimizer: bool = False
     """Split the optimizer state over the data-parallel ranks (ZeRO-1)."""
     grad_compression: Literal["none"] = "none"

@@ -34,6 +34,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_available(config)
     _check_model(config)
     _check_batches(config, data_parallel_size(config, world_size))
+    _check_pipeline(config, data_parallel_size(config, world_size))
     _check_schedule(config)
 
 
@@ -41,12 +42,10 @@ def _check_available(config: Config) -> None:
     """Refuse what the tree can say but this version cannot do, so that no key is silently without effect."""
     p, d, t, c = config.parallel, config.data, config.train, config.checkpoint
     missing = {
-        f"parallel.pp={p.pp}": p.pp > 1,
         f"parallel.cp={p.cp}": p.cp > 1,
         "parallel.sequence_parallel=true": p.sequence_parallel,
         f"parallel.virtual_stages={p.virtual_stages}": p.virtual_stages > 1,
         f"parallel.schedule={p.schedule}": p.schedule != "1f1b",
-        "parallel.layout": p.layout is not None,
         "parallel.sharded_optimizer=true": p.sharded_optimizer,
         f"model.head.kind={config.model.head.kind}": config.model.head.kind != "vocab",
         f"data.kind={d.kind}": d.kind != "lm",
@@ -112,6 +111,61 @@ def _check_batches(config: Config, dp: int) -> None:
         )
     if t.device == "cuda" and t.precision == "fp64":
         raise ConfigError("train.precision=fp64 is for CPU parity runs: set train.device=cpu")
+
+
+def _check_pipeline(config: Config, dp: int) -> None:
+    p, m = config.parallel, config.model
+    stages = p.pp * p.virtual_stages
+    if p.pp == 1:
+        for key, asked in {
+            f"schedule={p.schedule}": p.schedule != "1f1b",
+            f"virtual_stages={p.virtual_stages}": p.virtual_stages > 1,
+            "layout": p.layout is not None,
+        }.items():
+            if asked:
+                raise ConfigError(f"parallel.{key} is for pipelines, and parallel.pp=1: set pp above 1 or leave it out")
+        return
+    if m.tie_embeddings:
+        raise ConfigError(
+            f"model.tie_embeddings=true cannot be cut over parallel.pp={p.pp}, as both ends share a matrix: set "
+            "parallel.pp=1, or tie_embeddings=false"
+        )
+    if m.head.kind != "vocab":
+        raise ConfigError(f"model.head.kind={m.head.kind} needs parallel.pp=1, not {p.pp}")
+    if m.layers < stages - 2:
+        raise ConfigError(
+            f"model.layers={m.layers} are too few for {stages} stages (parallel.pp·virtual_stages), of which all but the "
+            f"first and the last hold a layer: at most {m.layers + 2} stages"
+        )
+    _check_layout(p.layout, m.layers, stages)
+    _check_micro_batches(config, dp)
+
+
+def _check_layout(layout: list[int] | None, layers: int, stages: int) -> None:
+    if layout is None:
+        return
+    if len(layout) != stages or sum(layout) != layers or min(layout) < 0:
+        raise ConfigError(
+            f"parallel.layout={layout} must hold {stages} numbers (pp·virtual_stages) with the sum model.layers={layers}, "
+            f"and holds {len(layout)} with the sum {sum(layout)}: set it so, or leave it out for a balanced one"
+        )
+    if 0 in layout[1:-1]:
+        raise ConfigError(
+            f"parallel.layout={layout} leaves stage {layout.index(0, 1)} without a layer: only the first stage, which has "
+            "the embedding, and the last, which has the head, may have none"
+        )
+
+
+def _check_micro_batches(config: Config, dp: int) -> None:
+    """What torch's schedules ask of the number of micro-batches on each rank."""
+    p, t = config.parallel, config.train
+    n = t.global_batch_size // (t.micro_batch_size * dp)
+    have = f"train.global_batch_size/(micro_batch_size·dp) = {n} micro-batches"
+    if p.schedule == "1f1b" and n < p.pp:
+        raise ConfigError(
+            f"{have} are fewer than parallel.pp={p.pp} stages: raise train.global_batch_size to at least "
+            f"{p.pp * t.micro_batch_size * dp} or lower train.micro_batch_size"
+        )
 
 
 def _check_schedule(config: Config) -> None:

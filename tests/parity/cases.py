@@ -43,6 +43,10 @@ CASES: dict[str, Case] = {
     "dp4": Case(4, SMALL),
     "tp4": Case(4, {**SMALL, "kv_heads": 4}, 4, {"tp": 4}),
     "tp2-dp2-documents": Case(4, SMALL, 2, {"tp": 2}, documents=True),
+    "pp2": Case(2, micro_batch=2, parallel={"pp": 2, "layout": [5, 3]}),
+    "pp2-documents": Case(2, SMALL, 2, {"pp": 2}, documents=True),
+    "pp2-tp2": Case(4, SMALL, 2, {"pp": 2, "tp": 2}, documents=True),
+    "pp2-dp2": Case(4, SMALL, 1, {"pp": 2}, documents=True),
 }
 
 
