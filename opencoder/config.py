@@ -108,7 +108,7 @@ class ParallelConfig(Branch):
     cp: int = Field(1, ge=1)
     """Context parallel size."""
     sequence_parallel: bool = False
-    """Split the sequence between the tensor-parallel regions."""
+    """Split the tokens over tp between the tensor-parallel regions: each rank norms and keeps its share of them."""
     context_attention: Literal["ring", "ulysses"] = "ring"
     """How attention reaches the other parts of a sequence under cp: keys and values travel round a ring, or tokens are exchanged for
     heads (not available yet)."""

@@ -33,6 +33,7 @@ def validate(config: Config, world_size: int) -> None:
     """Every rule between fields, for a job of `world_size` processes. Raises ConfigError (value, limit, remedy)."""
     _check_available(config)
     _check_model(config)
+    _check_tensor_parallel(config)
     _check_batches(config, data_parallel_size(config, world_size))
     _check_pipeline(config, data_parallel_size(config, world_size))
     _check_schedule(config)
@@ -43,7 +44,6 @@ def _check_available(config: Config) -> None:
     p, d, t, c = config.parallel, config.data, config.train, config.checkpoint
     missing = {
         f"parallel.cp={p.cp}": p.cp > 1,
-        "parallel.sequence_parallel=true": p.sequence_parallel,
         f"parallel.virtual_stages={p.virtual_stages}": p.virtual_stages > 1,
         f"parallel.schedule={p.schedule}": p.schedule != "1f1b",
         "parallel.sharded_optimizer=true": p.sharded_optimizer,
@@ -93,6 +93,22 @@ def _check_model(config: Config) -> None:
         raise ConfigError(
             f"data.seq_len={config.data.seq_len} is longer than model.max_seq_len={m.max_seq_len}: "
             "shorten data.seq_len or raise model.max_seq_len"
+        )
+
+
+def _check_tensor_parallel(config: Config) -> None:
+    p, length = config.parallel, config.data.seq_len
+    if not p.sequence_parallel:
+        return
+    if p.tp == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel=true splits tokens over the ranks of tp, but parallel.tp=1: raise parallel.tp or remove "
+            "the key"
+        )
+    if length % (p.cp * p.tp):
+        raise ConfigError(
+            f"data.seq_len={length} cannot be split over cp·tp = {p.cp}·{p.tp} under parallel.sequence_parallel: set it to a "
+            f"multiple of {p.cp * p.tp}"
         )
 
 

@@ -1,5 +1,8 @@
 """The OpenCoder decoder: a Llama-shaped transformer in plain modules, tensor-parallel through its layers alone.
 
+With sequence parallelism the hidden state between attention and MLP, and between parts of the model, is (B, S/tp, M): see
+parallel/collectives.py. Shapes below are those without it.
+
 B batch, S sequence, M width, H query heads, G key/value heads, D head dim, F inner width, V vocabulary; /tp: this
 rank's share. Modules carry the names of the Hugging Face checkpoint, so parameter names are checkpoint keys
 (`key_of`)."""
@@ -12,8 +15,8 @@ import torch
 from torch import nn
 
 from opencoder import kernels as K
-from opencoder.config import ModelConfig, RecomputeConfig
-from opencoder.parallel.collectives import copy_to_group
+from opencoder.config import ModelConfig, ParallelConfig, RecomputeConfig
+from opencoder.parallel.collectives import enter_split
 from opencoder.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import place, replicated
@@ -39,10 +42,11 @@ class Part(NamedTuple):
 class RMSNorm(nn.Module):
     """(…, M) → (…, M); with `residual`, adds first and returns the sum too."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, *, tokens_split: bool = False) -> None:
+        """`tokens_split`: this rank sees a part of the tokens only, so that its gradient is a part of the sum."""
         super().__init__()
         self.eps = eps
-        self.weight = place(nn.Parameter(torch.empty(width)), replicated((width,)))
+        self.weight = place(nn.Parameter(torch.empty(width)), replicated((width,), tokens_split=tokens_split))
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         if residual is None:
@@ -53,18 +57,18 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, *, tokens_split: bool = False) -> None:
         super().__init__()
-        self.head_dim, self.tp = config.head_dim, mesh.tp
+        self.head_dim, self.tp, self.tokens_split = config.head_dim, mesh.tp, tokens_split
         width, d = config.hidden_size, config.head_dim
-        self.q_proj = ColumnParallelLinear(width, config.heads * d, tp=mesh.tp, copy_input=False)
-        self.k_proj = ColumnParallelLinear(width, config.kv_heads * d, tp=mesh.tp, copy_input=False)
-        self.v_proj = ColumnParallelLinear(width, config.kv_heads * d, tp=mesh.tp, copy_input=False)
-        self.o_proj = RowParallelLinear(config.heads * d, width, tp=mesh.tp)
+        self.q_proj = ColumnParallelLinear(width, config.heads * d, tp=mesh.tp, enter=False)
+        self.k_proj = ColumnParallelLinear(width, config.kv_heads * d, tp=mesh.tp, enter=False)
+        self.v_proj = ColumnParallelLinear(width, config.kv_heads * d, tp=mesh.tp, enter=False)
+        self.o_proj = RowParallelLinear(config.heads * d, width, tp=mesh.tp, tokens_split=tokens_split)
 
     def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        x = enter_split(x, self.tp, tokens_split=self.tokens_split)  # once for all three: one collective in backward
         b, s, _ = x.shape
-        x = copy_to_group(x, self.tp)  # once for the three projections: one all-reduce in backward
         q = self.q_proj(x).view(b, s, -1, self.head_dim)  # (B, S, M) -> (B, S, H/tp, D)
         k = self.k_proj(x).view(b, s, -1, self.head_dim)
         v = self.v_proj(x).view(b, s, -1, self.head_dim)
@@ -76,16 +80,17 @@ class MLP(nn.Module):
     """down(silu(gate(x)) · up(x)). The product in the brackets is not kept for the backward pass but made again: gate and up
     are kept in any case, and it is a third of what the layer would keep."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, *, keep_product: bool) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, *, keep_product: bool, tokens_split: bool = False) -> None:
         """`keep_product` where the whole block is recomputed anyway."""
         super().__init__()
-        self.tp, self.keep_product = mesh.tp, keep_product
-        self.gate_proj = ColumnParallelLinear(config.hidden_size, config.ffn_size, tp=mesh.tp, copy_input=False)
-        self.up_proj = ColumnParallelLinear(config.hidden_size, config.ffn_size, tp=mesh.tp, copy_input=False)
-        self.down_proj = RowParallelLinear(config.ffn_size, config.hidden_size, tp=mesh.tp)
+        self.tp, self.keep_product, self.tokens_split = mesh.tp, keep_product, tokens_split
+        width, inner = config.hidden_size, config.ffn_size
+        self.gate_proj = ColumnParallelLinear(width, inner, tp=mesh.tp, enter=False)
+        self.up_proj = ColumnParallelLinear(width, inner, tp=mesh.tp, enter=False)
+        self.down_proj = RowParallelLinear(inner, width, tp=mesh.tp, tokens_split=tokens_split)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = copy_to_group(x, self.tp)
+        x = enter_split(x, self.tp, tokens_split=self.tokens_split)
         gate, up = self.gate_proj(x), self.up_proj(x)
         product = K.swiglu(gate, up)
         if self.keep_product:
@@ -97,14 +102,17 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer, pre-norm. Takes and gives (update, residual): the addition is fused into the next norm."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, *, recompute: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, *, recompute: frozenset[str] = frozenset(), tokens_split: bool = False
+    ) -> None:
         """`recompute`: which of its modules run again in the backward pass, "full" for all of it."""
         super().__init__()
         self.recompute = recompute
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(config, mesh)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config, mesh, keep_product=bool(recompute & {"full", "mlp"}))
+        width, eps = config.hidden_size, config.norm_eps
+        self.input_layernorm = RMSNorm(width, eps, tokens_split=tokens_split)
+        self.self_attn = Attention(config, mesh, tokens_split=tokens_split)
+        self.post_attention_layernorm = RMSNorm(width, eps, tokens_split=tokens_split)
+        self.mlp = MLP(config, mesh, keep_product=bool(recompute & {"full", "mlp"}), tokens_split=tokens_split)
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, context: Context
@@ -129,29 +137,43 @@ class Decoder(nn.Module):
         *,
         recompute: str | RecomputeConfig = "none",
         part: Part | None = None,
+        parallel: ParallelConfig | None = None,
     ) -> None:
-        """`part` None: the whole model. Raises ValueError for one that the model cannot be cut into."""
+        """`part` None: the whole model. Sizes come from `mesh`; `parallel` says how the layers work over it, None: as by
+        default. Raises ValueError for a part that the model cannot be cut into."""
         super().__init__()
-        mesh = mesh or Mesh()
+        mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
+        tokens_split = parallel.sequence_parallel and mesh.tp.size > 1
+        self.tokens_split_over = mesh.tp.size if tokens_split else 1
+        """Ranks that share the tokens of a hidden state."""
         self.config = config
         self.part = part = part or Part(range(config.layers), first=True, last=True)
         if config.tie_embeddings and part.first != part.last:
             raise ValueError("a model with tied embeddings cannot be cut: its two ends share a matrix")
         if part.first:
-            self.embed_tokens = VocabParallelEmbedding(config.padded_vocab_size, config.hidden_size, tp=mesh.tp)
+            self.embed_tokens = VocabParallelEmbedding(
+                config.padded_vocab_size, config.hidden_size, tp=mesh.tp, tokens_split=tokens_split
+            )
         again = {i: modules_of(recompute, i) for i in part.layers}
         self.again = {str(i): "full" in modules for i, modules in again.items()}
-        self.layers = nn.ModuleDict({str(i): Block(config, mesh, recompute=again[i]) for i in part.layers})
+        self.layers = nn.ModuleDict(
+            {str(i): Block(config, mesh, recompute=again[i], tokens_split=tokens_split) for i in part.layers}
+        )
         if part.last:
-            self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps, tokens_split=tokens_split)
             tied = self.embed_tokens.weight if config.tie_embeddings else None
-            self.lm_head = VocabHead(config, mesh, weight=tied)
+            split = parallel.schedule in ("zb", "zbv")
+            self.lm_head = VocabHead(config, mesh, weight=tied, split_backward=split, tokens_split=tokens_split)
 
     def hidden(
         self, x: torch.Tensor, documents: Documents | None = None, *, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, S) ids, or the hidden state (B, S, M) of the part before → (B, S, M): after the last norm, or for the next part."""
-        context = Context(rotary_table(self.config, x, documents, positions=positions), documents)
+        b, s = x.shape[:2]
+        if not self.part.first:
+            s *= self.tokens_split_over
+        rope = rotary_table(self.config, (b, s), documents, positions=positions, device=x.device)
+        context = Context(rope, documents)
         if self.part.first:
             x = self.embed_tokens(x)
         residual: torch.Tensor | None = None
@@ -181,17 +203,16 @@ class Decoder(nn.Module):
 
 def rotary_table(
     config: ModelConfig,
-    like: torch.Tensor,
+    shape: tuple[int, int],
     documents: Documents | None = None,
     *,
     positions: torch.Tensor | None = None,
+    device: torch.device | None = None,
 ) -> Rope:
-    """Angles p·theta^(−2i/D) in fp32, as in the Hugging Face implementation, for tokens or a hidden state `like` (B, S, …).
+    """Angles p·theta^(−2i/D) in fp32, as in the Hugging Face implementation, for a batch of `shape` (B, S).
 
-    `positions` (S,) or (B, S) say where a token stands in its document; None: as they follow in `like`, restarting with each
-    document."""
-    b, s = like.shape[:2]
-    d, device = config.head_dim, like.device
+    `positions` (S,) or (B, S) say where a token stands in its document; None: as they follow, restarting with each document."""
+    (b, s), d = shape, config.head_dim
     if positions is None and documents is None:
         positions = torch.arange(s, device=device)
     elif positions is None and documents is not None:

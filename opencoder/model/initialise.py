@@ -8,7 +8,7 @@ import hashlib
 import torch
 from torch import nn
 
-from opencoder.config import ModelConfig, RecomputeConfig
+from opencoder.config import ModelConfig, ParallelConfig, RecomputeConfig
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import place, placement_of
 
@@ -27,10 +27,11 @@ def build_model(
     seed: int,
     recompute: str | RecomputeConfig = "none",
     part: Part | None = None,
+    parallel: ParallelConfig | None = None,
 ) -> Decoder:
     """This rank's shards of the model, or of a `part` of it, with their initial weights."""
     with torch.device("meta"):
-        model = Decoder(config, mesh, recompute=recompute, part=part)
+        model = Decoder(config, mesh, recompute=recompute, part=part, parallel=parallel)
     placements = {name: placement_of(p) for name, p in model.named_parameters()}
     model = model.to(dtype).to_empty(device=device)
     if (

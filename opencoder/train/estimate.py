@@ -78,9 +78,11 @@ def _ring(size: int, ranks: int) -> int:
 
 def _activations(config: Config, mesh: Mesh, tokens: int, width: int) -> int:
     m, tp = config.model, mesh.tp.size
-    # per token: input, sum, output of two norms; q, k (before and after rotary), v, attention output; gate, up
+    # per token: input, sum, output of two norms (the outputs whole even under sequence parallelism: they are gathered);
+    # q, k (before and after rotary), v, attention output; gate, up
     split = (3 * m.heads + 3 * m.kv_heads) * m.head_dim + 2 * m.ffn_size
-    layer = tokens * width * (6 * m.hidden_size + split // tp)
+    hidden = (2 + 4 / tp if config.parallel.sequence_parallel else 6) * m.hidden_size
+    layer = int(tokens * width * (hidden + split // tp))
     if "full" in config.train.recompute.modules:
         return config.model.layers * tokens * width * 2 * m.hidden_size + layer
     return config.model.layers * layer

@@ -78,6 +78,7 @@ class Trainer:
                 seed=c.train.seed,
                 recompute=c.train.recompute,
                 part=part,
+                parallel=c.parallel,
             )
 
         if self.mesh.pp.size == 1:

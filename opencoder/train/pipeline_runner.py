@@ -112,10 +112,11 @@ class PipelineRunner:
         kind = len(tokens), tokens[0].shape
         found = self._pipelines.get(train)
         if found is None or found[0] != kind:
-            width = next(iter(self.model.stages.values())).config.hidden_size
+            part = next(iter(self.model.stages.values()))
+            b, s = tokens[0].shape
+            hidden = (b, s // part.tokens_split_over, part.config.hidden_size)
             meta = Shapes(
-                torch.empty_like(tokens[0], device="meta"),
-                torch.empty(*tokens[0].shape, width, dtype=self.dtype, device="meta"),
+                torch.empty_like(tokens[0], device="meta"), torch.empty(hidden, dtype=self.dtype, device="meta")
             )
             made = Pipeline(
                 self.modules,

@@ -32,6 +32,10 @@ from tests.parity.cases import Case, micro_batches
 CPU = torch.device("cpu")
 SCHEDULES: dict[str, dict[str, Any]] = {
     "1f1b": {"schedule": "1f1b"},
+    "interleaved": {"schedule": "interleaved", "virtual_stages": 2},
+    "zb": {"schedule": "zb", "virtual_stages": 2},
+    "zb-one-stage": {"schedule": "zb"},
+    "zbv": {"schedule": "zbv", "virtual_stages": 2},
 }
 WIDTH, ROWS = 8, 3
 
@@ -121,7 +125,9 @@ MODEL = model_config({**SMALL, "layers": 4})
 
 def builder(mesh: Mesh, parallel: ParallelConfig, dtype: torch.dtype, recompute: str) -> Callable[..., Decoder]:
     def build(part: Part | None = None) -> Decoder:
-        return build_model(MODEL, mesh, dtype=dtype, device=CPU, seed=3, recompute=recompute, part=part)
+        return build_model(
+            MODEL, mesh, dtype=dtype, device=CPU, seed=3, recompute=recompute, part=part, parallel=parallel
+        )
 
     return build
 
@@ -238,7 +244,8 @@ def test_a_run_goes_on_with_other_stages_and_with_none(tmp_path: Path) -> None:
     }  # fmt: skip
     whole, cut = ({**tree, "run_dir": str(tmp_path / name)} for name in ("whole", "cut"))
     run_ranks(train, 1, whole, 4)
-    pieces: list[dict[str, Any]] = [{"pp": 2}, {"pp": 1}, {"pp": 2, "layout": [3, 1]}, {"pp": 1}]
+    zbv = {"pp": 2, "virtual_stages": 2, "schedule": "zbv"}
+    pieces: list[dict[str, Any]] = [{"pp": 2}, {"pp": 1}, {**zbv, "layout": [1, 1, 2, 0]}, {"pp": 2, "layout": [3, 1]}]
     for step, parallel in enumerate(pieces, 1):
         run_ranks(train, parallel["pp"], {**cut, "parallel": parallel}, step)
     rows, truth = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("cut", "whole"))

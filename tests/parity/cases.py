@@ -10,6 +10,8 @@ import torch
 from opencoder.data.loader import MicroBatch
 from tests.model.cases import FULL, SMALL, batch
 
+PIPE: dict[str, Any] = {**SMALL, "layers": 6}
+"""Enough layers for several stages on a rank."""
 SAMPLES, LENGTH = 8, 64
 """Of the global batch. The share of masked labels differs from sample to sample."""
 
@@ -43,10 +45,20 @@ CASES: dict[str, Case] = {
     "dp4": Case(4, SMALL),
     "tp4": Case(4, {**SMALL, "kv_heads": 4}, 4, {"tp": 4}),
     "tp2-dp2-documents": Case(4, SMALL, 2, {"tp": 2}, documents=True),
+    "tp2-sp": Case(2, micro_batch=4, parallel={"tp": 2, "sequence_parallel": True}),
+    "tp2-sp-documents": Case(2, SMALL, 2, {"tp": 2, "sequence_parallel": True}, documents=True),
+    "tp2-dp2-sp": Case(4, {**SMALL, "tie_embeddings": True}, 2, {"tp": 2, "sequence_parallel": True}, documents=True),
+    "tp4-sp": Case(4, {**SMALL, "kv_heads": 4}, 1, {"tp": 4, "sequence_parallel": True}),
     "pp2": Case(2, micro_batch=2, parallel={"pp": 2, "layout": [5, 3]}),
     "pp2-documents": Case(2, SMALL, 2, {"pp": 2}, documents=True),
     "pp2-tp2": Case(4, SMALL, 2, {"pp": 2, "tp": 2}, documents=True),
     "pp2-dp2": Case(4, SMALL, 1, {"pp": 2}, documents=True),
+    "pp2-tp2-sp": Case(4, SMALL, 2, {"pp": 2, "tp": 2, "sequence_parallel": True}, documents=True),
+    "pp2-interleaved": Case(2, micro_batch=2, parallel={"pp": 2, "virtual_stages": 2, "schedule": "interleaved"}),
+    "pp2-zb": Case(2, PIPE, 1, {"pp": 2, "virtual_stages": 2, "schedule": "zb"}, documents=True),
+    "pp2-zbv": Case(2, micro_batch=2, parallel={"pp": 2, "virtual_stages": 2, "schedule": "zbv"}),
+    "pp2-tp2-zbv": Case(4, PIPE, 2, {"pp": 2, "tp": 2, "virtual_stages": 2, "schedule": "zbv"}, documents=True),
+    "pp4-interleaved": Case(4, PIPE, 1, {"pp": 4, "virtual_stages": 2, "schedule": "interleaved"}, documents=True),
 }
 
 

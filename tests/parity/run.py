@@ -46,7 +46,7 @@ def one_update(rank: int, world: int, case: Case, dtype: torch.dtype = torch.flo
     mesh = create_mesh(tp=parallel.tp, pp=parallel.pp)
 
     def build(part: Part | None = None) -> Decoder:
-        return build_model(config, mesh, dtype=dtype, device=CPU, seed=3, part=part)
+        return build_model(config, mesh, dtype=dtype, device=CPU, seed=3, part=part, parallel=parallel)
 
     model = build_chunks(config, parallel, mesh, seq_len=LENGTH, build=build) if mesh.pp.size > 1 else build()
     # With β = (0, 0) the first moment is the clipped gradient itself. AdamW's update would then be the gradient's sign, whose
