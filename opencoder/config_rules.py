@@ -44,8 +44,6 @@ def _check_available(config: Config) -> None:
     p, d, t, c = config.parallel, config.data, config.train, config.checkpoint
     missing = {
         f"parallel.cp={p.cp}": p.cp > 1,
-        f"parallel.virtual_stages={p.virtual_stages}": p.virtual_stages > 1,
-        f"parallel.schedule={p.schedule}": p.schedule != "1f1b",
         "parallel.sharded_optimizer=true": p.sharded_optimizer,
         f"model.head.kind={config.model.head.kind}": config.model.head.kind != "vocab",
         f"data.kind={d.kind}": d.kind != "lm",
@@ -141,6 +139,14 @@ def _check_pipeline(config: Config, dp: int) -> None:
             if asked:
                 raise ConfigError(f"parallel.{key} is for pipelines, and parallel.pp=1: set pp above 1 or leave it out")
         return
+    stages_per_rank = {"1f1b": (1, 1), "interleaved": (2, m.layers + 2), "zb": (1, 2), "zbv": (2, 2)}
+    least, most = stages_per_rank[p.schedule]
+    if not least <= p.virtual_stages <= most:
+        allowed = str(least) if least == most else f"{least} to {most}" if p.schedule == "zb" else f"{least} or more"
+        raise ConfigError(
+            f"parallel.virtual_stages={p.virtual_stages} is not for parallel.schedule={p.schedule}, which takes {allowed}: "
+            "set it so, or choose schedule 1f1b (1), interleaved (2 or more), zb (1 to 2) or zbv (2)"
+        )
     if m.tie_embeddings:
         raise ConfigError(
             f"model.tie_embeddings=true cannot be cut over parallel.pp={p.pp}, as both ends share a matrix: set "
@@ -181,6 +187,14 @@ def _check_micro_batches(config: Config, dp: int) -> None:
         raise ConfigError(
             f"{have} are fewer than parallel.pp={p.pp} stages: raise train.global_batch_size to at least "
             f"{p.pp * t.micro_batch_size * dp} or lower train.micro_batch_size"
+        )
+    rounds = max(1, n // p.pp)
+    if p.schedule in ("interleaved", "zb") and n % rounds:
+        per_pass = t.micro_batch_size * dp
+        below, above = n // p.pp * p.pp * per_pass, -(-n // p.pp) * p.pp * per_pass
+        raise ConfigError(
+            f"{have} cannot be dealt in {rounds} equal rounds as parallel.schedule={p.schedule} does with "
+            f"parallel.pp={p.pp}: set train.global_batch_size to {below} or {above}"
         )
 
 

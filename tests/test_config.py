@@ -80,6 +80,17 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         (["parallel.pp=2", "parallel.layout=[1,2,1]"], 2, "must hold 2 numbers"),
         (["parallel.pp=2", "parallel.layout=[5,-1]"], 2, "must hold 2 numbers"),
         (["parallel.pp=3", "parallel.layout=[2,0,2]"], 3, "leaves stage 1 without a layer"),
+        (["parallel.schedule=zbv"], 1, "parallel.schedule=zbv is for pipelines"),
+        (["parallel.pp=2", "parallel.virtual_stages=2"], 2, "not for parallel.schedule=1f1b, which takes 1:"),
+        (["parallel.pp=2", "parallel.schedule=interleaved"], 2, "schedule=interleaved, which takes 2 or more"),
+        (["parallel.pp=2", "parallel.schedule=zb", "parallel.virtual_stages=3"], 2, "schedule=zb, which takes 1 to 2"),
+        (["parallel.pp=2", "parallel.schedule=zbv"], 2, "parallel.schedule=zbv, which takes 2:"),
+        (
+            ["parallel.pp=2", "parallel.schedule=zb", "train.global_batch_size=7"],
+            2,
+            "= 7 micro-batches cannot be dealt in 3 equal rounds as parallel.schedule=zb does with parallel.pp=2: set "
+            "train.global_batch_size to 6 or 8",
+        ),
         (["parallel.pp=4", "train.global_batch_size=6", "train.micro_batch_size=2"], 4, "to at least 8"),
         (["data.kind=sft"], 1, "not available"),
         (["parallel.context_attention=ulysses"], 1, "parallel.context_attention=ulysses is not available"),

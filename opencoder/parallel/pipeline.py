@@ -62,6 +62,7 @@ class Stage(PipelineStage):
         device: torch.device,
         accumulated: Call,
         complete: Call,
+        split_backward: bool,
     ) -> None:
         between = shapes.between.requires_grad_()
         last = index == num_stages - 1
@@ -73,6 +74,9 @@ class Stage(PipelineStage):
             input_args=shapes.first if index == 0 else between,
             output_args=between.new_empty(()).requires_grad_() if last else between,
             group=pp.process_group,
+            # Where a schedule asks for the gradients of input and weights one after the other, torch leaves it to this builder: all
+            # of them come at the first call, and nothing is left to do at the second.
+            dw_builder=None if split_backward else lambda: _nothing,
         )
         self._accumulated, self._complete = accumulated, complete
 
@@ -116,12 +120,12 @@ class Stage(PipelineStage):
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         if self.has_backward and not self.is_last:
             _drop(self.grad_recv_info[bwd_chunk_id])
-        if self.has_backward and full_backward:
+        if self.has_backward and (full_backward or self.dw_builder is not None):
             self._accumulated(self.stage_index)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-        if self.has_backward:
+        if self.has_backward and self.dw_builder is None:
             self._accumulated(self.stage_index)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
@@ -135,6 +139,10 @@ def _drop(infos: Sequence[_RecvInfo]) -> None:
 
 
 def _ignore(stage: int) -> None:
+    pass
+
+
+def _nothing() -> None:
     pass
 
 
@@ -154,13 +162,27 @@ class Pipeline:
         device: torch.device,
         accumulated: Call = _ignore,
         complete: Call = _ignore,
+        split_backward: bool = True,
     ) -> None:
         """`modules`: number of a stage → module, for the stages of this rank, ascending; `ranks` of all stages.
-        `schedule` None: forward alone. Raises ValueError for a number of micro-batches that the schedule cannot serve."""
-        self.modules, self.size = modules, num_micro_batches
+        `schedule` None: forward alone. `split_backward` False: a zero-bubble schedule works out the gradients of weights
+        together with those of inputs. Modules that run again in the backward pass need that: torch would run them again for
+        every weight, and torch.utils.checkpoint refuses it. Raises ValueError for a number of micro-batches that the
+        schedule cannot serve."""
+        self.size = num_micro_batches
         self.train = schedule is not None
         self.stages = [
-            Stage(module, index, len(ranks), shapes, pp=pp, device=device, accumulated=accumulated, complete=complete)
+            Stage(
+                module,
+                index,
+                len(ranks),
+                shapes,
+                pp=pp,
+                device=device,
+                accumulated=accumulated,
+                complete=complete,
+                split_backward=split_backward,
+            )
             for index, module in modules.items()
         ]
         if schedule is None:

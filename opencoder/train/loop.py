@@ -56,7 +56,8 @@ class Trainer:
         self.state = restore(config, self.model, self.optimizer, mesh, say=self._say)
         runner = None
         if isinstance(self.model, Chunks):
-            runner = PipelineRunner(self.model, self.optimizer, mesh, config.parallel, device=device)
+            again = bool(t.recompute.modules)
+            runner = PipelineRunner(self.model, self.optimizer, mesh, config.parallel, device=device, recompute=again)
         self.train_step = TrainStep(
             self.model, self.optimizer, mesh, device=device, runner=runner, guard=self._stop_if_not_finite
         )

@@ -68,10 +68,18 @@ class PipelineRunner:
     """Takes micro-batches through the stages of all pipeline ranks (train/step.py: Runner)."""
 
     def __init__(
-        self, model: Chunks, optimizer: Optimizer, mesh: Mesh, parallel: ParallelConfig, *, device: torch.device
+        self,
+        model: Chunks,
+        optimizer: Optimizer,
+        mesh: Mesh,
+        parallel: ParallelConfig,
+        *,
+        device: torch.device,
+        recompute: bool = False,
     ) -> None:
+        """`recompute`: some of the model runs again in the backward pass."""
         self.model, self.optimizer, self.mesh, self.device = model, optimizer, mesh, device
-        self.schedule = parallel.schedule
+        self.schedule, self.recompute = parallel.schedule, recompute
         self.ranks = stage_ranks(parallel.schedule, mesh.pp.size, parallel.virtual_stages)
         self.modules = {number: _Stage(part) for number, part in model.stages.items()}
         self.keys = {number: list(named_parameters(part)) for number, part in model.stages.items()}
@@ -128,6 +136,7 @@ class PipelineRunner:
                 device=self.device,
                 accumulated=lambda stage: self.optimizer.fold_gradients(self.keys[stage]),
                 complete=lambda stage: self.optimizer.start_reduction(self.keys[stage]),
+                split_backward=not self.recompute,
             )
             self._pipelines[train] = found = kind, made
         return found[1]

@@ -145,7 +145,9 @@ def model_through(rank: int, world: int, settings: dict[str, Any], what: str, re
     if what == "weights":
         return {key: p.detach().clone() for key, p in named_parameters(model).items()}
     optimizer = ReplicatedOptimizer(named_parameters(model), OptimConfig(betas=(0.0, 0.0), clip_norm=None), mesh)
-    runner = PipelineRunner(model, optimizer, mesh, parallel, device=CPU) if isinstance(model, Chunks) else None
+    runner = None
+    if isinstance(model, Chunks):
+        runner = PipelineRunner(model, optimizer, mesh, parallel, device=CPU, recompute=recompute != "none")
     step = TrainStep(model, optimizer, mesh, device=CPU, runner=runner)
     if what == "bf16":
         step.update(batches(), lr=1e-3)
