@@ -111,7 +111,7 @@ class ParallelConfig(Branch):
     """Split the tokens over tp between the tensor-parallel regions: each rank norms and keeps its share of them."""
     context_attention: Literal["ring", "ulysses"] = "ring"
     """How attention reaches the other parts of a sequence under cp: keys and values travel round a ring, or tokens are exchanged for
-    heads (not available yet)."""
+    heads, which needs heads/tp to be a multiple of cp and kv_heads/tp a multiple or a divisor of it."""
     overlap: bool | None = None
     """Overlap communication with the products of the backward pass; None: where the schedule allows it (not available yet)."""
     virtual_stages: int = Field(1, ge=1)

@@ -34,6 +34,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_available(config)
     _check_model(config)
     _check_tensor_parallel(config)
+    _check_context(config)
     _check_batches(config, data_parallel_size(config, world_size))
     _check_pipeline(config, data_parallel_size(config, world_size))
     _check_schedule(config)
@@ -43,14 +44,12 @@ def _check_available(config: Config) -> None:
     """Refuse what the tree can say but this version cannot do, so that no key is silently without effect."""
     p, d, t, c = config.parallel, config.data, config.train, config.checkpoint
     missing = {
-        f"parallel.cp={p.cp}": p.cp > 1,
         "parallel.sharded_optimizer=true": p.sharded_optimizer,
         f"model.head.kind={config.model.head.kind}": config.model.head.kind != "vocab",
         f"data.kind={d.kind}": d.kind != "lm",
         "data.fim": d.fim is not None,
         "data.stages": bool(d.stages),
         "data.cache_dir": d.cache_dir is not None,
-        f"parallel.context_attention={p.context_attention}": p.context_attention != "ring",
         "parallel.overlap": p.overlap is not None,
         f"model.init={config.model.init}": config.model.init != "normal",
         f"train.recompute={t.recompute}": str(t.recompute) not in ("none", "full"),
@@ -107,6 +106,35 @@ def _check_tensor_parallel(config: Config) -> None:
         raise ConfigError(
             f"data.seq_len={length} cannot be split over cp·tp = {p.cp}·{p.tp} under parallel.sequence_parallel: set it to a "
             f"multiple of {p.cp * p.tp}"
+        )
+
+
+def _check_context(config: Config) -> None:
+    """Each sample is cut in 2·cp chunks, in every stage of the data; heads are spread over cp if attention exchanges them."""
+    p, d = config.parallel, config.data
+    cp = p.cp
+    lengths = {"data.seq_len": d.seq_len}
+    lengths |= {f"data.stages.{i}.seq_len": s.seq_len for i, s in enumerate(d.stages) if s.seq_len is not None}
+    for key, length in lengths.items():
+        if cp > 1 and length % (2 * cp):
+            below = length - length % (2 * cp)
+            raise ConfigError(
+                f"{key}={length} cannot be cut in 2·cp chunks with parallel.cp={cp}: set it to a multiple of {2 * cp}, "
+                f"such as {below or 2 * cp}"
+            )
+    if p.context_attention != "ulysses":
+        return
+    if cp == 1:
+        raise ConfigError(
+            "parallel.context_attention=ulysses says how attention works over cp, but parallel.cp=1: raise parallel.cp or remove "
+            "the key"
+        )
+    heads, kv_heads = config.model.heads // p.tp, max(config.model.kv_heads // p.tp, 1)
+    fitting = [n for n in divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0]
+    if cp not in fitting:
+        raise ConfigError(
+            f"parallel.context_attention=ulysses cannot spread {heads} query and {kv_heads} key/value heads of each tp rank over "
+            f"parallel.cp={cp}: set parallel.cp to one of {fitting} or parallel.context_attention=ring"
         )
 
 

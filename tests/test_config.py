@@ -93,7 +93,17 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         ),
         (["parallel.pp=4", "train.global_batch_size=6", "train.micro_batch_size=2"], 4, "to at least 8"),
         (["data.kind=sft"], 1, "not available"),
-        (["parallel.context_attention=ulysses"], 1, "parallel.context_attention=ulysses is not available"),
+        (["parallel.context_attention=ulysses"], 1, "but parallel.cp=1: raise parallel.cp or remove the key"),
+        (
+            ["parallel.context_attention=ulysses", "parallel.cp=4", "parallel.tp=4"],
+            16,
+            "cannot spread 2 query and 1 key/value heads of each tp rank over parallel.cp=4: set parallel.cp to one of [1, 2]",
+        ),
+        (
+            ["parallel.cp=3"],
+            3,
+            "data.seq_len=128 cannot be cut in 2·cp chunks with parallel.cp=3: set it to a multiple of 6",
+        ),
         (["parallel.overlap=true"], 1, "parallel.overlap is not available"),
         (["data.fim={rate: 0.3}"], 1, "data.fim is not available"),
         (["data.stages=[{from_step: 10, global_batch_size: 16}]"], 1, "data.stages is not available"),

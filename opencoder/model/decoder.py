@@ -18,10 +18,10 @@ from opencoder import kernels as K
 from opencoder.config import ModelConfig, ParallelConfig, RecomputeConfig
 from opencoder.parallel.collectives import enter_split
 from opencoder.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from opencoder.parallel.mesh import Mesh
+from opencoder.parallel.mesh import SINGLE, Group, Mesh
 from opencoder.parallel.placement import place, replicated
 
-from .attend import Context, Documents, Rope, attend
+from .attend import Context, Documents, Rope, attend, context_of, positions_of
 from .heads import VocabHead
 from .recompute import modules_of, recomputed, run
 
@@ -146,7 +146,7 @@ class Decoder(nn.Module):
         tokens_split = parallel.sequence_parallel and mesh.tp.size > 1
         self.tokens_split_over = mesh.tp.size if tokens_split else 1
         """Ranks that share the tokens of a hidden state."""
-        self.config = config
+        self.config, self.cp, self.context_attention = config, mesh.cp, parallel.context_attention
         self.part = part = part or Part(range(config.layers), first=True, last=True)
         if config.tie_embeddings and part.first != part.last:
             raise ValueError("a model with tied embeddings cannot be cut: its two ends share a matrix")
@@ -172,8 +172,8 @@ class Decoder(nn.Module):
         b, s = x.shape[:2]
         if not self.part.first:
             s *= self.tokens_split_over
-        rope = rotary_table(self.config, (b, s), documents, positions=positions, device=x.device)
-        context = Context(rope, documents)
+        rope = rotary_table(self.config, (b, s), documents, positions=positions, cp=self.cp, device=x.device)
+        context = context_of(rope, documents, s, self.cp, self.context_attention)
         if self.part.first:
             x = self.embed_tokens(x)
         residual: torch.Tensor | None = None
@@ -207,20 +207,16 @@ def rotary_table(
     documents: Documents | None = None,
     *,
     positions: torch.Tensor | None = None,
+    cp: Group = SINGLE,
     device: torch.device | None = None,
 ) -> Rope:
     """Angles p·theta^(−2i/D) in fp32, as in the Hugging Face implementation, for a batch of `shape` (B, S).
 
-    `positions` (S,) or (B, S) say where a token stands in its document; None: as they follow, restarting with each document."""
-    (b, s), d = shape, config.head_dim
-    if positions is None and documents is None:
-        positions = torch.arange(s, device=device)
-    elif positions is None and documents is not None:
-        at = torch.arange(b * s, device=device)
-        starts = documents.cu_seqlens.long()
-        document = torch.searchsorted(starts, at, right=True) - 1
-        positions = (at - starts[document]).view(b, s)
-    assert positions is not None
+    `positions` (S,) or (B, S) say where a token stands in its document; None: as they follow, or as `cp` cuts the samples,
+    restarting with each document."""
+    d = config.head_dim
+    if positions is None:
+        positions = positions_of(shape, documents, cp, device=device)
     exponents = torch.arange(0, d, 2, dtype=torch.float32, device=device) / d
     angles = positions[..., None].float() * (1.0 / config.rope_theta**exponents)
     return Rope(angles.cos(), angles.sin())

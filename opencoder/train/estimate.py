@@ -14,6 +14,7 @@ from opencoder.config import Config, data_parallel_size
 from opencoder.model.decoder import Decoder
 from opencoder.parallel.mesh import Mesh, pretend_mesh
 from opencoder.parallel.placement import placement_of
+from opencoder.parallel.ulysses import key_heads_for
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
 
@@ -32,9 +33,11 @@ class Estimate:
     activations: int
     logits: int
     data_parallel_traffic: int
-    """Sent by each rank per step."""
+    """Sent by each rank per step, over dp and cp together: the sum of gradients."""
     tensor_parallel_traffic: int
     """Sent by each rank per step."""
+    context_parallel_traffic: int
+    """Sent by each rank per step, in attention."""
 
     @property
     def peak(self) -> int:
@@ -55,7 +58,7 @@ def estimate(config: Config, world_size: int) -> Estimate:
     wide = max(width, 4)
     states = 2 if config.optim.name == "adamw" else 1
     master = wide if width < 4 else 0
-    tokens = t.micro_batch_size * config.data.seq_len
+    tokens = t.micro_batch_size * config.data.seq_len // p.cp
     rows = m.padded_vocab_size // p.tp
     micro_batches = t.global_batch_size // (t.micro_batch_size * data_parallel_size(config, world_size))
     return Estimate(
@@ -66,8 +69,9 @@ def estimate(config: Config, world_size: int) -> Estimate:
         optimizer=mine * (states * wide + master),
         activations=_activations(config, mesh, tokens, width),
         logits=min(m.head.chunk_tokens, tokens) * rows * width,
-        data_parallel_traffic=_ring(mine * wide, mesh.dp.size),
+        data_parallel_traffic=_ring(mine * wide, mesh.dp.size) + _ring(mine * wide, mesh.cp.size),
         tensor_parallel_traffic=micro_batches * _tensor_parallel_bytes(config, mesh, tokens, width),
+        context_parallel_traffic=micro_batches * _context_parallel_bytes(config, mesh, tokens, width),
     )
 
 
@@ -94,6 +98,21 @@ def _tensor_parallel_bytes(config: Config, mesh: Mesh, tokens: int, width: int) 
     return (4 * config.model.layers + 2) * per_reduce
 
 
+def _context_parallel_bytes(config: Config, mesh: Mesh, tokens: int, width: int) -> int:
+    """Per micro-batch. Ring: in each layer keys and values go round in forward and in backward, and their gradients, in fp32 or
+    wider, round and home. Exchange: q, k, v and the output once in forward and once in backward."""
+    m, tp, cp = config.model, mesh.tp.size, mesh.cp.size
+    if cp == 1:
+        return 0
+    passes = 3 if {"full", "attention"} & set(config.train.recompute.modules) else 2
+    kv_heads = max(m.kv_heads // tp, 1)
+    if config.parallel.context_attention == "ring":
+        per_head = (cp - 1) * passes * width + cp * max(width, 4)
+        return m.layers * 2 * tokens * kv_heads * m.head_dim * per_head
+    heads = 2 * m.heads // tp + 2 * key_heads_for(kv_heads, cp)
+    return m.layers * passes * tokens * heads * m.head_dim * width * (cp - 1) // cp
+
+
 def describe(config: Config, world_size: int) -> str:
     """The text of `train --dry-run`."""
     e = estimate(config, world_size)
@@ -111,7 +130,8 @@ def describe(config: Config, world_size: int) -> str:
         f"logits            {e.logits / gib:.3f} GiB ({config.model.head.chunk_tokens} tokens at a time)",
         f"estimated peak    {e.peak / gib:.3f} GiB per rank",
         f"communication     {e.data_parallel_traffic / gib:.3f} GiB data-parallel, "
-        f"{e.tensor_parallel_traffic / gib:.3f} GiB tensor-parallel, sent per rank and step",
+        f"{e.tensor_parallel_traffic / gib:.3f} GiB tensor-parallel, "
+        f"{e.context_parallel_traffic / gib:.3f} GiB context-parallel, sent per rank and step",
         f"run               {config.train.total_steps()} steps × {config.train.global_batch_size} samples × "
         f"{config.data.seq_len} tokens = "
         f"{config.train.total_steps() * config.train.global_batch_size * config.data.seq_len:,} tokens",

@@ -14,6 +14,7 @@ from torch import nn
 from opencoder.data.loader import MicroBatch
 from opencoder.model.decoder import Decoder, Documents
 from opencoder.optim.base import Optimizer
+from opencoder.parallel.context import split_sequence
 from opencoder.parallel.mesh import Mesh
 
 Guard = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
@@ -111,8 +112,9 @@ class TrainStep:
         self.runner: Runner = runner
 
     def update(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> StepResult:
-        """One optimizer update on this rank's share of a global batch."""
+        """One optimizer update on this rank's share of a global batch: whole samples, which are cut over cp here."""
         self.model.train()
+        micro_batches = self._cut(micro_batches)
         count = self._count(micro_batches)
         total = self.runner.run(micro_batches, count)
         grad_norm = self.optimizer.finish_reduction()
@@ -124,8 +126,17 @@ class TrainStep:
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Mean token loss over all ranks' micro-batches, 0-dim fp64, the same on every rank."""
         self.model.eval()
+        micro_batches = self._cut(micro_batches)
         count = self._count(micro_batches)
         return self._summed(self.runner.evaluate(micro_batches)) / count
+
+    def _cut(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """This rank's tokens and labels of each sample. The document bounds stay those of whole samples."""
+        cp = self.mesh.cp
+        return [
+            mb._replace(tokens=split_sequence(mb.tokens, cp), labels=split_sequence(mb.labels, cp))
+            for mb in micro_batches
+        ]
 
     def _count(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Unmasked targets over all ranks, at least 1."""

@@ -49,6 +49,15 @@ CASES: dict[str, Case] = {
     "tp2-sp-documents": Case(2, SMALL, 2, {"tp": 2, "sequence_parallel": True}, documents=True),
     "tp2-dp2-sp": Case(4, {**SMALL, "tie_embeddings": True}, 2, {"tp": 2, "sequence_parallel": True}, documents=True),
     "tp4-sp": Case(4, {**SMALL, "kv_heads": 4}, 1, {"tp": 4, "sequence_parallel": True}),
+    "cp2": Case(2, micro_batch=4, parallel={"cp": 2}, documents=True),
+    "cp2-dense": Case(2, SMALL, 2, {"cp": 2}),
+    "cp2-tp2": Case(4, micro_batch=2, parallel={"cp": 2, "tp": 2}, documents=True),
+    "cp2-dp2": Case(4, SMALL, 2, {"cp": 2}, documents=True),
+    "cp2-ulysses": Case(2, SMALL, 2, {"cp": 2, "context_attention": "ulysses"}, documents=True),
+    "cp2-tp2-ulysses": Case(
+        4, micro_batch=2, parallel={"cp": 2, "tp": 2, "context_attention": "ulysses"}, documents=True
+    ),
+    "cp2-tp2-sp": Case(4, SMALL, 2, {"cp": 2, "tp": 2, "sequence_parallel": True}, documents=True),
     "pp2": Case(2, micro_batch=2, parallel={"pp": 2, "layout": [5, 3]}),
     "pp2-documents": Case(2, SMALL, 2, {"pp": 2}, documents=True),
     "pp2-tp2": Case(4, SMALL, 2, {"pp": 2, "tp": 2}, documents=True),
@@ -59,6 +68,8 @@ CASES: dict[str, Case] = {
     "pp2-zbv": Case(2, micro_batch=2, parallel={"pp": 2, "virtual_stages": 2, "schedule": "zbv"}),
     "pp2-tp2-zbv": Case(4, PIPE, 2, {"pp": 2, "tp": 2, "virtual_stages": 2, "schedule": "zbv"}, documents=True),
     "pp4-interleaved": Case(4, PIPE, 1, {"pp": 4, "virtual_stages": 2, "schedule": "interleaved"}, documents=True),
+    "pp2-cp2": Case(4, PIPE, 2, {"pp": 2, "cp": 2}, documents=True),
+    "pp2-cp2-zbv": Case(4, PIPE, 2, {"pp": 2, "cp": 2, "virtual_stages": 2, "schedule": "zbv"}, documents=True),
 }
 
 

@@ -43,7 +43,7 @@ def one_update(rank: int, world: int, case: Case, dtype: torch.dtype = torch.flo
     """One update of a fresh model at the layout of `case`, with a norm that clips."""
     config = model_config(case.base)
     parallel = ParallelConfig.model_validate(case.parallel)
-    mesh = create_mesh(tp=parallel.tp, pp=parallel.pp)
+    mesh = create_mesh(tp=parallel.tp, pp=parallel.pp, cp=parallel.cp)
 
     def build(part: Part | None = None) -> Decoder:
         return build_model(config, mesh, dtype=dtype, device=CPU, seed=3, part=part, parallel=parallel)
