@@ -117,8 +117,10 @@ class ParallelConfig(Branch):
     virtual_stages: int = Field(1, ge=1)
     """Model chunks per pipeline rank."""
     schedule: Literal["1f1b", "interleaved", "zb", "zbv"] = "1f1b"
+    """Order of the micro-batches in a pipeline, and which stages are on a rank: interleaved takes virtual_stages of 2 or more, zb
+    (interleaved zero-bubble) 1 or 2, zbv (zero-bubble in a V) 2. zb and zbv keep all logits of a micro-batch, not a chunk of them."""
     layout: list[int] | None = None
-    """Layers per pipeline stage; default: balanced."""
+    """Layers of each of the pp·virtual_stages stages; None: balanced, with the head counted as the layers it costs."""
     sharded_optimizer: bool = False
     """Split the optimizer state over the data-parallel ranks (ZeRO-1)."""
     grad_compression: Literal["none"] = "none"

@@ -36,6 +36,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_tensor_parallel(config)
     _check_context(config)
     _check_batches(config, data_parallel_size(config, world_size))
+    _check_pipeline(config, data_parallel_size(config, world_size))
     _check_schedule(config)
     _check_checkpoint(config)
 
@@ -44,10 +45,6 @@ def _check_available(config: Config) -> None:
     """Refuse what the tree can say but this version cannot do, so that no key is silently without effect."""
     p, d, t = config.parallel, config.data, config.train
     missing = {
-        f"parallel.pp={p.pp}": p.pp > 1,
-        f"parallel.virtual_stages={p.virtual_stages}": p.virtual_stages > 1,
-        f"parallel.schedule={p.schedule}": p.schedule != "1f1b",
-        "parallel.layout": p.layout is not None,
         f"model.head.kind={config.model.head.kind}": config.model.head.kind != "vocab",
         f"data.kind={d.kind}": d.kind != "lm",
         "data.fim": d.fim is not None,
@@ -153,6 +150,77 @@ def _check_batches(config: Config, dp: int) -> None:
         )
     if t.device == "cuda" and t.precision == "fp64":
         raise ConfigError("train.precision=fp64 is for CPU parity runs: set train.device=cpu")
+
+
+def _check_pipeline(config: Config, dp: int) -> None:
+    p, m = config.parallel, config.model
+    stages = p.pp * p.virtual_stages
+    if p.pp == 1:
+        for key, asked in {
+            f"schedule={p.schedule}": p.schedule != "1f1b",
+            f"virtual_stages={p.virtual_stages}": p.virtual_stages > 1,
+            "layout": p.layout is not None,
+        }.items():
+            if asked:
+                raise ConfigError(f"parallel.{key} is for pipelines, and parallel.pp=1: set pp above 1 or leave it out")
+        return
+    stages_per_rank = {"1f1b": (1, 1), "interleaved": (2, m.layers + 2), "zb": (1, 2), "zbv": (2, 2)}
+    least, most = stages_per_rank[p.schedule]
+    if not least <= p.virtual_stages <= most:
+        allowed = str(least) if least == most else f"{least} to {most}" if p.schedule == "zb" else f"{least} or more"
+        raise ConfigError(
+            f"parallel.virtual_stages={p.virtual_stages} is not for parallel.schedule={p.schedule}, which takes {allowed}: "
+            "set it so, or choose schedule 1f1b (1), interleaved (2 or more), zb (1 to 2) or zbv (2)"
+        )
+    if m.tie_embeddings:
+        raise ConfigError(
+            f"model.tie_embeddings=true cannot be cut over parallel.pp={p.pp}, as both ends share a matrix: set "
+            "parallel.pp=1, or tie_embeddings=false"
+        )
+    if m.head.kind != "vocab":
+        raise ConfigError(f"model.head.kind={m.head.kind} needs parallel.pp=1, not {p.pp}")
+    if m.layers < stages - 2:
+        raise ConfigError(
+            f"model.layers={m.layers} are too few for {stages} stages (parallel.pp·virtual_stages), of which all but the "
+            f"first and the last hold a layer: at most {m.layers + 2} stages"
+        )
+    _check_layout(p.layout, m.layers, stages)
+    _check_micro_batches(config, dp)
+
+
+def _check_layout(layout: list[int] | None, layers: int, stages: int) -> None:
+    if layout is None:
+        return
+    if len(layout) != stages or sum(layout) != layers or min(layout) < 0:
+        raise ConfigError(
+            f"parallel.layout={layout} must hold {stages} numbers (pp·virtual_stages) with the sum model.layers={layers}, "
+            f"and holds {len(layout)} with the sum {sum(layout)}: set it so, or leave it out for a balanced one"
+        )
+    if 0 in layout[1:-1]:
+        raise ConfigError(
+            f"parallel.layout={layout} leaves stage {layout.index(0, 1)} without a layer: only the first stage, which has "
+            "the embedding, and the last, which has the head, may have none"
+        )
+
+
+def _check_micro_batches(config: Config, dp: int) -> None:
+    """What torch's schedules ask of the number of micro-batches on each rank."""
+    p, t = config.parallel, config.train
+    n = t.global_batch_size // (t.micro_batch_size * dp)
+    have = f"train.global_batch_size/(micro_batch_size·dp) = {n} micro-batches"
+    if p.schedule == "1f1b" and n < p.pp:
+        raise ConfigError(
+            f"{have} are fewer than parallel.pp={p.pp} stages: raise train.global_batch_size to at least "
+            f"{p.pp * t.micro_batch_size * dp} or lower train.micro_batch_size"
+        )
+    rounds = max(1, n // p.pp)
+    if p.schedule in ("interleaved", "zb") and n % rounds:
+        per_pass = t.micro_batch_size * dp
+        below, above = n // p.pp * p.pp * per_pass, -(-n // p.pp) * p.pp * per_pass
+        raise ConfigError(
+            f"{have} cannot be dealt in {rounds} equal rounds as parallel.schedule={p.schedule} does with "
+            f"parallel.pp={p.pp}: set train.global_batch_size to {below} or {above}"
+        )
 
 
 def _check_schedule(config: Config) -> None:

@@ -21,6 +21,12 @@ from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import place, sharded
 
 
+def count_targets(targets_of_all_micro_batches: Iterable[torch.Tensor], mesh: Mesh) -> torch.Tensor:
+    """Unmasked targets over all data-parallel ranks, 0-dim; the same on all stages of a pipeline, head or not."""
+    counts = [(targets != IGNORE).sum() for targets in targets_of_all_micro_batches]
+    return mesh.group(("dp", "cp")).all_reduce(torch.stack(counts).sum())
+
+
 class VocabHead(nn.Module):
     """Next-token prediction over a vocabulary split over tp. It updates no parameters itself."""
 
@@ -50,9 +56,7 @@ class VocabHead(nn.Module):
         """Unmasked targets of the step over all data-parallel ranks, 0-dim: the N that every loss of the step is divided by.
 
         Called by all ranks once a step, before the first micro-batch."""
-        counts = [(targets != IGNORE).sum() for targets in targets_of_all_micro_batches]
-        count = torch.stack(counts).sum()
-        return self.mesh.group(("dp", "cp")).all_reduce(count)
+        return count_targets(targets_of_all_micro_batches, self.mesh)
 
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """hidden (B, S, M), with split tokens (B, S/tp, M), targets (B, S) → sum of token losses over this rank's samples

@@ -19,17 +19,17 @@ from opencoder.console import ProgressBar
 from opencoder.data.loader import BatchLoader, MicroBatch
 from opencoder.errors import ConfigError, Failure
 from opencoder.files import write_text
-from opencoder.model.decoder import named_parameters
+from opencoder.model.decoder import Decoder, Part, named_parameters, parameter_count
 from opencoder.model.initialise import build_model
 from opencoder.optim.base import Optimizer
 from opencoder.optim.build import build_optimizer
 from opencoder.optim.schedule import lr_at
 from opencoder.parallel.mesh import Mesh
-from opencoder.parallel.placement import placement_of
 
 from .data import training_loader, training_samples, validation_loader
 from .environment import DTYPES
 from .metrics import MFU_CONVENTION, MetricsLog, flops_per_token, measure_gemm_tflops, peak_memory_gib
+from .pipeline_runner import Chunks, PipelineRunner, build_chunks, models_of
 from .preflight import check_inputs
 from .signals import Asked, Signals
 from .skipping import Skipping
@@ -49,21 +49,13 @@ class Trainer:
         self.first_rank = mesh.world.rank == 0
         self.dtype = DTYPES[config.train.precision]
         t = config.train
-        self.model = build_model(
-            config.model,
-            mesh,
-            dtype=self.dtype,
-            device=device,
-            seed=t.seed,
-            recompute=t.recompute,
-            parallel=config.parallel,
-        )
+        self.model = self._build()
         self.optimizer: Optimizer = build_optimizer(
             named_parameters(self.model),
             config.optim,
             mesh,
             sharded=config.parallel.sharded_optimizer,
-            modules=[self.model],
+            modules=models_of(self.model),
         )
         self.saver = Saver(self.run_dir, config.checkpoint, mesh, timeout_s=t.timeout_s, say=self._say)
         self.save_wait_s = 0.0
@@ -71,11 +63,35 @@ class Trainer:
         self.state = restore(config, self.model, self.optimizer, mesh, say=self._say)
         self.skipping = Skipping(config, self.state, mesh, device) if t.skip is not None else None
         guard = self._stop_if_not_finite if self.skipping is None else self.skipping.guard
-        self.train_step = TrainStep(self.model, self.optimizer, mesh, device=device, guard=guard)
+        runner = None
+        if isinstance(self.model, Chunks):
+            again = bool(t.recompute.modules)
+            runner = PipelineRunner(self.model, self.optimizer, mesh, config.parallel, device=device, recompute=again)
+        self.train_step = TrainStep(self.model, self.optimizer, mesh, device=device, runner=runner, guard=guard)
         self.total_steps = t.total_steps()
         self.samples = training_samples(config.data, self.state.stages)
         self.validation = validation_loader(config, mesh)
-        self.parameters = sum(math.prod(placement_of(p).global_shape) for p in self.model.parameters())
+        self.parameters = parameter_count(config.model)
+
+    def _build(self) -> Decoder | Chunks:
+        """The model, or the stages of it that this rank holds."""
+        c = self.config
+
+        def build(part: Part | None = None) -> Decoder:
+            return build_model(
+                c.model,
+                self.mesh,
+                dtype=self.dtype,
+                device=self.device,
+                seed=c.train.seed,
+                recompute=c.train.recompute,
+                part=part,
+                parallel=c.parallel,
+            )
+
+        if self.mesh.pp.size == 1:
+            return build()
+        return build_chunks(c.model, c.parallel, self.mesh, seq_len=c.data.seq_len, build=build)
 
     def save(self) -> None:
         """Write a checkpoint of the current step unless there is one."""
@@ -198,7 +214,8 @@ class Trainer:
             )
 
     def evaluate(self, loader: BatchLoader) -> float:
-        """Mean token loss over the evaluation samples, the same on every rank."""
+        """Mean token loss over the evaluation samples, the same on every rank, and the same samples every time."""
+        loader.consumed = 0
         return float(self.train_step.evaluate(next(iter(loader))))
 
     # ---- telling ----

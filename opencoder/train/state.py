@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from opencoder.checkpoint import folders, hf, native
 from opencoder.checkpoint.parts import Tensors
 from opencoder.checkpoint.together import together
 from opencoder.config import Config
 from opencoder.errors import ConfigError
-from opencoder.model.decoder import Decoder, named_parameters
+from opencoder.model.decoder import named_parameters
 from opencoder.optim.base import Optimizer
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import placement_of
@@ -59,19 +61,19 @@ class RunState:
         }
 
 
-def weights_of(model: Decoder) -> Tensors:
+def weights_of(model: nn.Module) -> Tensors:
     """The model's part of a checkpoint."""
     return {key: (p, placement_of(p)) for key, p in named_parameters(model).items()}
 
 
-def tensors_of(model: Decoder, optimizer: Optimizer) -> Tensors:
+def tensors_of(model: nn.Module, optimizer: Optimizer) -> Tensors:
     """Every tensor of a checkpoint, its weights those of the last update."""
     optimizer.wait_weights()
     return {**weights_of(model), **optimizer.state_tensors()}
 
 
 def restore(
-    config: Config, model: Decoder, optimizer: Optimizer, mesh: Mesh, *, say: Callable[[str], None]
+    config: Config, model: nn.Module, optimizer: Optimizer, mesh: Mesh, *, say: Callable[[str], None]
 ) -> RunState:
     """Resume from the run's newest checkpoint, or start new: with the whole state of `checkpoint.fork`, or the weights of
     `checkpoint.load`, if given.
@@ -140,7 +142,7 @@ def _check_same_data(before: Config, config: Config) -> None:
             )
 
 
-def _load_weights(source: str, model: Decoder, mesh: Mesh) -> None:
+def _load_weights(source: str, model: nn.Module, mesh: Mesh) -> None:
     if hf.is_hf_folder(Path(source)):
         hf.load_weights(Path(source), weights_of(model), mesh)
     else:

@@ -5,10 +5,11 @@ and applies the gradients, a guard may ask to skip the step. Nothing here waits 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 from opencoder.data.loader import MicroBatch
 from opencoder.model.decoder import Decoder, Documents
@@ -36,8 +37,19 @@ class StepResult(NamedTuple):
     """What the guard said."""
 
 
+def inputs_of(mb: MicroBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:
+    """Tokens, labels and document bounds of a micro-batch on the device."""
+    documents = None
+    if mb.cu_seqlens is not None and mb.max_seqlen is not None:
+        documents = Documents(mb.cu_seqlens.to(device), mb.max_seqlen)
+    return mb.tokens.to(device), mb.labels.to(device), documents
+
+
 class Runner(Protocol):
     """Takes the micro-batches of this rank through the model."""
+
+    def begin_step(self, targets_of_all_micro_batches: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Unmasked targets of the step over all ranks, 0-dim, as the head counts them."""
 
     def run(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor) -> torch.Tensor:
         """Forward and backward of all: the gradients of (sum of token losses / `count`) are folded into the optimizer's.
@@ -52,6 +64,10 @@ class SequentialRunner:
 
     def __init__(self, model: Decoder, optimizer: Optimizer, device: torch.device) -> None:
         self.model, self.optimizer, self.device = model, optimizer, device
+
+    def begin_step(self, targets_of_all_micro_batches: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The head's count."""
+        return self.model.lm_head.begin_step(targets_of_all_micro_batches)
 
     def run(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor) -> torch.Tensor:
         """Forward, backward and fold for each."""
@@ -74,10 +90,7 @@ class SequentialRunner:
         return total
 
     def _loss(self, mb: MicroBatch) -> torch.Tensor:
-        documents = None
-        if mb.cu_seqlens is not None and mb.max_seqlen is not None:
-            documents = Documents(mb.cu_seqlens.to(self.device), mb.max_seqlen)
-        return self.model.loss(mb.tokens.to(self.device), mb.labels.to(self.device), documents)[0]
+        return self.model.loss(*inputs_of(mb, self.device))[0]
 
 
 class TrainStep:
@@ -85,7 +98,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: Decoder,
+        model: nn.Module,
         optimizer: Optimizer,
         mesh: Mesh,
         *,
@@ -93,9 +106,12 @@ class TrainStep:
         runner: Runner | None = None,
         guard: Guard | None = None,
     ) -> None:
-        """`runner` None: micro-batches one after another."""
+        """`runner` None: micro-batches one after another through the whole model, a Decoder."""
         self.model, self.optimizer, self.mesh, self.device, self.guard = model, optimizer, mesh, device, guard
-        self.runner: Runner = runner or SequentialRunner(model, optimizer, device)
+        if runner is None:
+            assert isinstance(model, Decoder), type(model)
+            runner = SequentialRunner(model, optimizer, device)
+        self.runner: Runner = runner
 
     def update(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> StepResult:
         """One optimizer update on this rank's share of a global batch: whole samples, which are cut over cp here."""
@@ -126,7 +142,7 @@ class TrainStep:
 
     def _count(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Unmasked targets over all ranks, at least 1."""
-        return self.model.lm_head.begin_step(mb.labels.to(self.device) for mb in micro_batches).clamp(min=1)
+        return self.runner.begin_step(mb.labels.to(self.device) for mb in micro_batches).clamp(min=1)
 
     def _summed(self, total: torch.Tensor) -> torch.Tensor:
         return self.mesh.group(("dp", "cp")).all_reduce(total)

@@ -10,6 +10,8 @@ import torch
 from opencoder.data.loader import MicroBatch
 from tests.model.cases import FULL, SMALL, batch
 
+PIPE: dict[str, Any] = {**SMALL, "layers": 6}
+"""Enough layers for several stages on a rank."""
 SAMPLES, LENGTH = 8, 64
 """Of the global batch. The share of masked labels differs from sample to sample."""
 
@@ -62,6 +64,22 @@ CASES: dict[str, Case] = {
     "cp4": Case(4, {**SMALL, "tie_embeddings": True}, 2, {"cp": 4}, documents=True),
     "cp4-ulysses": Case(4, SMALL, 4, {"cp": 4, "context_attention": "ulysses"}, documents=True),
     "cp2-tp2-dp2-sp": Case(8, SMALL, 2, {"cp": 2, "tp": 2, "sequence_parallel": True}, documents=True),
+    "pp2": Case(2, micro_batch=2, parallel={"pp": 2, "layout": [5, 3]}),
+    "pp2-documents": Case(2, SMALL, 2, {"pp": 2}, documents=True),
+    "pp2-tp2": Case(4, SMALL, 2, {"pp": 2, "tp": 2}, documents=True),
+    "pp2-dp2": Case(4, SMALL, 1, {"pp": 2}, documents=True),
+    "pp2-tp2-sp": Case(4, SMALL, 2, {"pp": 2, "tp": 2, "sequence_parallel": True}, documents=True),
+    "pp2-interleaved": Case(2, micro_batch=2, parallel={"pp": 2, "virtual_stages": 2, "schedule": "interleaved"}),
+    "pp2-zb": Case(2, PIPE, 1, {"pp": 2, "virtual_stages": 2, "schedule": "zb"}, documents=True),
+    "pp2-zbv": Case(2, micro_batch=2, parallel={"pp": 2, "virtual_stages": 2, "schedule": "zbv"}),
+    "pp2-tp2-zbv": Case(4, PIPE, 2, {"pp": 2, "tp": 2, "virtual_stages": 2, "schedule": "zbv"}, documents=True),
+    "pp4-interleaved": Case(4, PIPE, 1, {"pp": 4, "virtual_stages": 2, "schedule": "interleaved"}, documents=True),
+    "pp2-dp2-sharded": Case(4, PIPE, 1, {"pp": 2, "sharded_optimizer": True}, documents=True),
+    "pp2-dp2-sharded-zbv": Case(
+        4, PIPE, 1, {"pp": 2, "virtual_stages": 2, "schedule": "zbv", "sharded_optimizer": True}, documents=True
+    ),
+    "pp2-cp2": Case(4, PIPE, 2, {"pp": 2, "cp": 2}, documents=True),
+    "pp2-cp2-zbv": Case(4, PIPE, 2, {"pp": 2, "cp": 2, "virtual_stages": 2, "schedule": "zbv"}, documents=True),
 }
 
 

@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 import torch
 
 from opencoder.config import OptimConfig, ParallelConfig
-from opencoder.model.decoder import named_parameters
+from opencoder.model.decoder import Decoder, Part, named_parameters
 from opencoder.model.initialise import build_model
 from opencoder.optim.build import build_optimizer
 from opencoder.parallel.mesh import create_mesh
 from opencoder.parallel.placement import placement_of
+from opencoder.train.pipeline_runner import Chunks, PipelineRunner, build_chunks, models_of
 from opencoder.train.step import TrainStep
 from tests.harness import run_cases
 from tests.model.cases import model_config
-from tests.parity.cases import CASES, Case, micro_batches
+from tests.parity.cases import CASES, LENGTH, Case, micro_batches
 
 CPU = torch.device("cpu")
 LR = 1e-3
@@ -43,15 +44,20 @@ class Outcome(NamedTuple):
 def one_update(rank: int, world: int, case: Case, dtype: torch.dtype = torch.float64) -> Outcome:
     """One update of a fresh model at the layout of `case`, with a norm that clips."""
     config = model_config(case.base)
-    parallel = ParallelConfig(**case.parallel)
-    mesh = create_mesh(tp=parallel.tp, cp=parallel.cp)
-    model = build_model(config, mesh, dtype=dtype, device=CPU, seed=3, parallel=parallel)
+    parallel = ParallelConfig.model_validate(case.parallel)
+    mesh = create_mesh(tp=parallel.tp, pp=parallel.pp, cp=parallel.cp)
+
+    def build(part: Part | None = None) -> Decoder:
+        return build_model(config, mesh, dtype=dtype, device=CPU, seed=3, part=part, parallel=parallel)
+
+    model = build_chunks(config, parallel, mesh, seq_len=LENGTH, build=build) if mesh.pp.size > 1 else build()
     # With β = (0, 0) the first moment is the clipped gradient itself. AdamW's update would then be the gradient's sign, whose
     # weights say nothing of it: eps far above the gradients makes the update proportional to them instead.
     settings = OptimConfig(clip_norm=0.1, lr=LR, betas=(0.0, 0.0), eps=1.0)
     sharded = case.parallel.get("sharded_optimizer", False)
-    optimizer = build_optimizer(named_parameters(model), settings, mesh, sharded=sharded, modules=[model])
-    step = TrainStep(model, optimizer, mesh, device=CPU)
+    optimizer = build_optimizer(named_parameters(model), settings, mesh, sharded=sharded, modules=models_of(model))
+    runner = PipelineRunner(model, optimizer, mesh, parallel, device=CPU) if isinstance(model, Chunks) else None
+    step = TrainStep(model, optimizer, mesh, device=CPU, runner=runner)
     result = step.update(micro_batches(case, config.vocab_size, mesh.dp.rank, mesh.dp.size), lr=LR)
     state = optimizer.state_tensors()
     names = {"loss": result.loss, "norm": result.grad_norm, "clip": result.clip, "targets": result.targets}
