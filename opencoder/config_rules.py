@@ -78,7 +78,7 @@ def _check_model(config: Config) -> None:
         raise ConfigError(f"model.kv_heads={m.kv_heads} must divide model.heads={m.heads}: one of {divisors(m.heads)}")
     if m.head_dim % 2:
         raise ConfigError(f"model.head_dim={m.head_dim} must be even: rotary embedding turns pairs")
-    for name in ("heads", "kv_heads", "ffn_size", "padded_vocab_size"):
+    for name in ("heads", "ffn_size", "padded_vocab_size"):
         size = getattr(m, name)
         if size % tp:
             allowed = [d for d in divisors(size) if d <= 64]
@@ -98,7 +98,13 @@ def _check_model(config: Config) -> None:
 
 
 def _check_tensor_parallel(config: Config) -> None:
-    p, length = config.parallel, config.data.seq_len
+    p, length, kv_heads = config.parallel, config.data.seq_len, config.model.kv_heads
+    if kv_heads % p.tp and p.tp % kv_heads:
+        allowed = [n for n in divisors(config.model.heads) if n <= 64 and (kv_heads % n == 0 or n % kv_heads == 0)]
+        raise ConfigError(
+            f"model.kv_heads={kv_heads} cannot be split over parallel.tp={p.tp}, nor shared by the ranks: set parallel.tp to one of "
+            f"{allowed}"
+        )
     if not p.sequence_parallel:
         return
     if p.tp == 1:

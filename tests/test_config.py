@@ -65,6 +65,11 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         (["train.samples=100"], 1, "exactly one of"),
         (["train.steps=null", "train.samples=100"], 1, "not a multiple of train.global_batch_size=8"),
         (["model.kv_heads=3"], 1, "must divide model.heads=8"),
+        (
+            ["model.heads=12", "model.head_dim=32", "model.kv_heads=6", "parallel.tp=4"],
+            4,
+            "model.kv_heads=6 cannot be split over parallel.tp=4, nor shared by the ranks: set parallel.tp to one of [1, 2, 3, 6, 12]",
+        ),
         (["model.padded_vocab_size=100"], 1, "less than model.vocab_size=8192"),
         (["data.seq_len=5000"], 1, "longer than model.max_seq_len"),
         (["optim.warmup_steps=60", "optim.decay_steps=60"], 1, "exceed the run's 100 steps"),

@@ -18,7 +18,7 @@ from opencoder import kernels as K
 from opencoder.config import ModelConfig, ParallelConfig, RecomputeConfig
 from opencoder.parallel.collectives import enter_split
 from opencoder.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from opencoder.parallel.mesh import Mesh
+from opencoder.parallel.mesh import Mesh, kv_replicas_of
 from opencoder.parallel.placement import place, replicated
 
 from .attend import Context, Documents, Rope, attend
@@ -62,8 +62,10 @@ class Attention(nn.Module):
         self.head_dim, self.tp, self.tokens_split = config.head_dim, mesh.tp, tokens_split
         width, d = config.hidden_size, config.head_dim
         self.q_proj = ColumnParallelLinear(width, config.heads * d, tp=mesh.tp, enter=False)
-        self.k_proj = ColumnParallelLinear(width, config.kv_heads * d, tp=mesh.tp, enter=False)
-        self.v_proj = ColumnParallelLinear(width, config.kv_heads * d, tp=mesh.tp, enter=False)
+        # Fewer key/value heads than ranks: neighbours hold the same one, each for the query heads it has.
+        shards = config.kv_heads if kv_replicas_of(config.kv_heads, mesh.tp.size) > 1 else None
+        self.k_proj = ColumnParallelLinear(width, config.kv_heads * d, tp=mesh.tp, enter=False, shards=shards)
+        self.v_proj = ColumnParallelLinear(width, config.kv_heads * d, tp=mesh.tp, enter=False, shards=shards)
         self.o_proj = RowParallelLinear(config.heads * d, width, tp=mesh.tp, tokens_split=tokens_split)
 
     def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
@@ -143,6 +145,12 @@ class Decoder(nn.Module):
         default. Raises ValueError for a part that the model cannot be cut into."""
         super().__init__()
         mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
+        replicas = kv_replicas_of(config.kv_heads, mesh.tp.size)
+        if mesh.kv.size != replicas:
+            raise ValueError(
+                f"{config.kv_heads} key/value heads over tp {mesh.tp.size} stand on {replicas} ranks each, but the mesh was made "
+                f"with kv_replicas={mesh.kv.size}"
+            )
         tokens_split = parallel.sequence_parallel and mesh.tp.size > 1
         self.tokens_split_over = mesh.tp.size if tokens_split else 1
         """Ranks that share the tokens of a hidden state."""

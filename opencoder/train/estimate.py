@@ -12,7 +12,7 @@ import torch
 from opencoder import kernels as K
 from opencoder.config import Config, data_parallel_size
 from opencoder.model.decoder import Decoder
-from opencoder.parallel.mesh import Mesh, pretend_mesh
+from opencoder.parallel.mesh import Mesh, kv_replicas_of, pretend_mesh
 from opencoder.parallel.placement import placement_of
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
@@ -45,7 +45,8 @@ class Estimate:
 def estimate(config: Config, world_size: int) -> Estimate:
     """Sizes on rank 0 of `world_size`. The model is built on the meta device: no memory is taken."""
     p, t, m = config.parallel, config.train, config.model
-    mesh = pretend_mesh(world_size=world_size, tp=p.tp, pp=p.pp, cp=p.cp)
+    replicas = kv_replicas_of(m.kv_heads, p.tp)
+    mesh = pretend_mesh(world_size=world_size, tp=p.tp, pp=p.pp, cp=p.cp, kv_replicas=replicas)
     with torch.device("meta"):
         model = Decoder(m, mesh)
     parameters = list(model.parameters())
@@ -80,7 +81,7 @@ def _activations(config: Config, mesh: Mesh, tokens: int, width: int) -> int:
     m, tp = config.model, mesh.tp.size
     # per token: input, sum, output of two norms (the outputs whole even under sequence parallelism: they are gathered);
     # q, k (before and after rotary), v, attention output; gate, up
-    split = (3 * m.heads + 3 * m.kv_heads) * m.head_dim + 2 * m.ffn_size
+    split = (3 * m.heads + 3 * max(m.kv_heads, tp)) * m.head_dim + 2 * m.ffn_size
     hidden = (2 + 4 / tp if config.parallel.sequence_parallel else 6) * m.hidden_size
     layer = int(tokens * width * (hidden + split // tp))
     if "full" in config.train.recompute.modules:

@@ -12,7 +12,7 @@ from opencoder.config import PRESETS, RecomputeConfig
 from opencoder.model.decoder import Decoder, Documents, Part, named_parameters, parameter_count
 from opencoder.model.initialise import build_model
 from opencoder.model.recompute import MODULES, modules_of
-from opencoder.parallel.mesh import Mesh
+from opencoder.parallel.mesh import Mesh, pretend_mesh
 from opencoder.parallel.placement import placement_of
 
 from .cases import batch, model_config
@@ -145,6 +145,11 @@ def test_parts_in_a_row_are_the_whole_model(documents: Documents | None) -> None
 def test_a_tied_model_is_not_cut() -> None:
     with pytest.raises(ValueError, match="tied embeddings cannot be cut"):
         Decoder(model_config(tie_embeddings=True), part=Part(range(1), True, False))
+
+
+def test_a_mesh_that_does_not_share_key_value_heads_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"2 key/value heads over tp 4 stand on 2 ranks each, but .* kv_replicas=1"):
+        Decoder(model_config(), pretend_mesh(world_size=4, tp=4))
 
 
 def test_given_positions_are_used() -> None:

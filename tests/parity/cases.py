@@ -47,6 +47,9 @@ CASES: dict[str, Case] = {
     "tp2-sp-documents": Case(2, SMALL, 2, {"tp": 2, "sequence_parallel": True}, documents=True),
     "tp2-dp2-sp": Case(4, {**SMALL, "tie_embeddings": True}, 2, {"tp": 2, "sequence_parallel": True}, documents=True),
     "tp4-sp": Case(4, {**SMALL, "kv_heads": 4}, 1, {"tp": 4, "sequence_parallel": True}),
+    "tp4-kv2": Case(4, SMALL, 4, {"tp": 4}, documents=True),
+    "tp4-kv1-sp": Case(4, {**SMALL, "kv_heads": 1}, 2, {"tp": 4, "sequence_parallel": True}),
+    "tp2-dp2-kv1": Case(4, {**SMALL, "kv_heads": 1}, 2, {"tp": 2}),
 }
 
 
