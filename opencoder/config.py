@@ -227,8 +227,8 @@ class TrainConfig(Branch):
     """Type of weights and activations; bf16 keeps fp32 master weights in the optimizer."""
     seed: int = 1234
     recompute: RecomputeConfig = RecomputeConfig()
-    """none; or full: keep only the input of each layer for backward and work out the rest again. attention, mlp, norm, or
-    {modules: […], layers: […]} for some of them: not available yet."""
+    """none; full: keep only the input of each layer for backward and work out the rest again; attention or mlp: the same for that
+    module alone; {modules: […], layers: …}: for some layers. norm is not available yet."""
     z_loss: float = Field(0.0, ge=0)
     """Weight of the squared log-sum-exp of the logits beside the loss (not available yet)."""
     skip: SkipConfig | None = None

@@ -34,6 +34,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_available(config)
     _check_model(config)
     _check_tensor_parallel(config)
+    _check_recompute(config)
     _check_batches(config, data_parallel_size(config, world_size))
     _check_schedule(config)
 
@@ -56,7 +57,7 @@ def _check_available(config: Config) -> None:
         f"parallel.context_attention={p.context_attention}": p.context_attention != "ring",
         "parallel.overlap": p.overlap is not None,
         f"model.init={config.model.init}": config.model.init != "normal",
-        f"train.recompute={t.recompute}": str(t.recompute) not in ("none", "full"),
+        f"train.recompute={t.recompute}": "norm" in t.recompute.modules,
         f"train.z_loss={t.z_loss}": t.z_loss != 0,
         "train.skip": t.skip is not None,
         f"train.timeout_s={t.timeout_s:g}": t.timeout_s != 600,
@@ -116,6 +117,19 @@ def _check_tensor_parallel(config: Config) -> None:
         raise ConfigError(
             f"data.seq_len={length} cannot be split over cp·tp = {p.cp}·{p.tp} under parallel.sequence_parallel: set it to a "
             f"multiple of {p.cp * p.tp}"
+        )
+
+
+def _check_recompute(config: Config) -> None:
+    chosen, layers = config.train.recompute.layers, config.model.layers
+    highest = chosen - 1 if isinstance(chosen, int) else max(chosen or [0])
+    if highest >= layers or (not isinstance(chosen, int) and min(chosen or [0]) < 0):
+        raise ConfigError(
+            f"train.recompute.layers={chosen} names a layer that is not there: the model has {layers}, numbered from 0"
+        )
+    if chosen is not None and not config.train.recompute.modules:
+        raise ConfigError(
+            f"train.recompute.layers={chosen} without modules is without effect: add modules: [full], or some of attention and mlp"
         )
 
 
