@@ -72,8 +72,7 @@ class ModelConfig(Branch):
     max_seq_len: int = Field(4096, ge=1)
     """Longest sequence the model is meant for (exported as max_position_embeddings)."""
     init: Literal["normal", "depth_scaled"] = "normal"
-    """depth_scaled: the matrices that write into the residual stream (o_proj, down_proj) start smaller by √(2·layers) (not available
-    yet)."""
+    """depth_scaled: the matrices that write into the residual stream (o_proj, down_proj) start smaller by √(2·layers)."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the normal initialisation of every matrix."""
     head: HeadConfig = HeadConfig()
@@ -230,7 +229,7 @@ class TrainConfig(Branch):
     """none; full: keep only the input of each layer for backward and work out the rest again; attention or mlp: the same for that
     module alone; {modules: […], layers: …}: for some layers. norm is not available yet."""
     z_loss: float = Field(0.0, ge=0)
-    """Weight of the squared log-sum-exp of the logits beside the loss (not available yet)."""
+    """Weight of the squared log-sum-exp of the logits in what is minimised; the loss that is told stays the cross entropy."""
     skip: SkipConfig | None = None
     """Leave out updates that would do harm; None: a loss or norm that is not finite ends the run (not available yet)."""
     timeout_s: float = Field(600.0, gt=0)

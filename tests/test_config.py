@@ -84,7 +84,6 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         (["data.fim={rate: 0.3}"], 1, "data.fim is not available"),
         (["data.stages=[{from_step: 10, global_batch_size: 16}]"], 1, "data.stages is not available"),
         (["data.cache_dir=c"], 1, "data.cache_dir is not available"),
-        (["model.init=depth_scaled"], 1, "model.init=depth_scaled is not available"),
         (["train.recompute=norm"], 1, "train.recompute=norm is not available"),
         (
             ["train.recompute={modules: [mlp], layers: 9}"],
@@ -93,7 +92,6 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         ),
         (["train.recompute={modules: [mlp], layers: [1, 8]}"], 1, "layers=[1, 8] names a layer that is not there"),
         (["train.recompute={layers: 2}"], 1, "without modules is without effect"),
-        (["train.z_loss=1e-4"], 1, "train.z_loss=0.0001 is not available"),
         (["train.skip={sigma: 5}"], 1, "train.skip is not available"),
         (["train.timeout_s=60"], 1, "train.timeout_s=60 is not available"),
         (["train.memory_check=refuse"], 1, "train.memory_check=refuse is not available"),

@@ -140,6 +140,7 @@ class Decoder(nn.Module):
         recompute: str | RecomputeConfig = "none",
         part: Part | None = None,
         parallel: ParallelConfig | None = None,
+        z_loss: float = 0.0,
     ) -> None:
         """`part` None: the whole model. Sizes come from `mesh`; `parallel` says how the layers work over it, None: as by
         default. Raises ValueError for a part that the model cannot be cut into."""
@@ -171,7 +172,9 @@ class Decoder(nn.Module):
             self.norm = RMSNorm(config.hidden_size, config.norm_eps, tokens_split=tokens_split)
             tied = self.embed_tokens.weight if config.tie_embeddings else None
             split = parallel.schedule in ("zb", "zbv")
-            self.lm_head = VocabHead(config, mesh, weight=tied, split_backward=split, tokens_split=tokens_split)
+            self.lm_head = VocabHead(
+                config, mesh, weight=tied, split_backward=split, tokens_split=tokens_split, z_loss=z_loss
+            )
 
     def hidden(
         self, x: torch.Tensor, documents: Documents | None = None, *, positions: torch.Tensor | None = None

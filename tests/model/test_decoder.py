@@ -181,3 +181,10 @@ def test_same_seed_same_weights_other_seed_other_weights() -> None:
     for key, p in named_parameters(a).items():
         assert torch.equal(p, named_parameters(b)[key])
         assert p.dim() == 1 or not torch.equal(p, named_parameters(c)[key])
+
+
+def test_depth_scaling_makes_the_matrices_into_the_residual_stream_smaller() -> None:
+    for key, p in named_parameters(small(layers=8, init="depth_scaled")).items():
+        if p.dim() > 1:
+            scaled = "o_proj" in key or "down_proj" in key
+            assert float(p.detach().std() / (0.02 / 4 if scaled else 0.02)) == pytest.approx(1, abs=0.05), key

@@ -26,11 +26,12 @@ class Case:
     """As in ParallelConfig."""
     documents: bool = False
     """Samples are cut in documents that do not see one another."""
+    z_loss: float = 0.0
 
     @property
     def truth(self) -> Case:
         """The same model and batch in one process, whole."""
-        return Case(1, self.base, SAMPLES, documents=self.documents)
+        return Case(1, self.base, SAMPLES, documents=self.documents, z_loss=self.z_loss)
 
 
 CASES: dict[str, Case] = {
@@ -49,6 +50,7 @@ CASES: dict[str, Case] = {
     "tp4-sp": Case(4, {**SMALL, "kv_heads": 4}, 1, {"tp": 4, "sequence_parallel": True}),
     "tp4-kv2": Case(4, SMALL, 4, {"tp": 4}, documents=True),
     "tp4-kv1-sp": Case(4, {**SMALL, "kv_heads": 1}, 2, {"tp": 4, "sequence_parallel": True}),
+    "tp2-sp-z-loss": Case(2, SMALL, 2, {"tp": 2, "sequence_parallel": True}, z_loss=1e-2),
     "tp2-dp2-kv1": Case(4, {**SMALL, "kv_heads": 1}, 2, {"tp": 2}),
 }
 

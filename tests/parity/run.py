@@ -43,7 +43,7 @@ def one_update(rank: int, world: int, case: Case, dtype: torch.dtype = torch.flo
     config = model_config(case.base)
     parallel = ParallelConfig(**case.parallel)
     mesh = create_mesh(tp=parallel.tp, kv_replicas=kv_replicas_of(config.kv_heads, parallel.tp))
-    model = build_model(config, mesh, dtype=dtype, device=CPU, seed=3, parallel=parallel)
+    model = build_model(config, mesh, dtype=dtype, device=CPU, seed=3, parallel=parallel, z_loss=case.z_loss)
     # With β = (0, 0) the first moment is the clipped gradient itself. AdamW's update would then be the gradient's sign, whose
     # weights say nothing of it: eps far above the gradients makes the update proportional to them instead.
     settings = OptimConfig(clip_norm=0.1, lr=LR, betas=(0.0, 0.0), eps=1.0)
