@@ -112,7 +112,8 @@ class ParallelConfig(Branch):
     """How attention reaches the other parts of a sequence under cp: keys and values travel round a ring, or tokens are exchanged for
     heads (not available yet)."""
     overlap: bool | None = None
-    """Overlap communication with the products of the backward pass; None: where the schedule allows it (not available yet)."""
+    """Sum the gradients of hidden states over tp while those of the weights are worked out; None: where the schedule allows it
+    (not under zb and zbv)."""
     virtual_stages: int = Field(1, ge=1)
     """Model chunks per pipeline rank."""
     schedule: Literal["1f1b", "interleaved", "zb", "zbv"] = "1f1b"

@@ -55,7 +55,6 @@ def _check_available(config: Config) -> None:
         "data.stages": bool(d.stages),
         "data.cache_dir": d.cache_dir is not None,
         f"parallel.context_attention={p.context_attention}": p.context_attention != "ring",
-        "parallel.overlap": p.overlap is not None,
         f"train.recompute={t.recompute}": "norm" in t.recompute.modules,
         "train.skip": t.skip is not None,
         f"train.timeout_s={t.timeout_s:g}": t.timeout_s != 600,
@@ -103,6 +102,11 @@ def _check_tensor_parallel(config: Config) -> None:
         raise ConfigError(
             f"model.kv_heads={kv_heads} cannot be split over parallel.tp={p.tp}, nor shared by the ranks: set parallel.tp to one of "
             f"{allowed}"
+        )
+    if p.overlap and p.schedule in ("zb", "zbv"):
+        raise ConfigError(
+            f"parallel.overlap=true with parallel.schedule={p.schedule}: a zero-bubble schedule splits the backward pass that overlap "
+            "keeps together; remove the key, or choose 1f1b or interleaved"
         )
     if not p.sequence_parallel:
         return

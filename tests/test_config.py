@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from opencoder.config import Config, load_config, load_corpus_config, validate
+from opencoder.config_rules import _check_tensor_parallel
 from opencoder.errors import ConfigError
 
 pytestmark = pytest.mark.fast
@@ -80,7 +81,6 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         (["parallel.pp=2"], 2, "not available"),
         (["data.kind=sft"], 1, "not available"),
         (["parallel.context_attention=ulysses"], 1, "parallel.context_attention=ulysses is not available"),
-        (["parallel.overlap=true"], 1, "parallel.overlap is not available"),
         (["data.fim={rate: 0.3}"], 1, "data.fim is not available"),
         (["data.stages=[{from_step: 10, global_batch_size: 16}]"], 1, "data.stages is not available"),
         (["data.cache_dir=c"], 1, "data.cache_dir is not available"),
@@ -107,6 +107,13 @@ def test_rules_between_fields(config_file: Path, overrides: list[str], world_siz
 def test_preset_fills_and_explicit_keys_win(config_file: Path) -> None:
     model = load_config(config_file, ["model.preset=opencoder-8b", "model.layers=2"]).model
     assert (model.layers, model.hidden_size, model.kv_heads, model.rope_theta) == (2, 4096, 8, 5e5)
+
+
+@pytest.mark.parametrize("schedule", ["zb", "zbv"])
+def test_overlap_is_refused_where_the_backward_pass_is_split(config_file: Path, schedule: str) -> None:
+    config = load_config(config_file, ["parallel.overlap=true", f"parallel.schedule={schedule}"])
+    with pytest.raises(ConfigError, match=f"schedule={schedule}: a zero-bubble schedule splits"):
+        _check_tensor_parallel(config)
 
 
 def test_recompute_is_a_name_or_a_branch(config_file: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from .collectives import enter_split, leave_split
 from .group import SINGLE, Group
+from .overlap import column_products
 from .placement import place, sharded
 
 
@@ -21,30 +22,31 @@ def _share(total: int, parts: int, what: str) -> int:
 
 
 class ColumnParallelLinear(nn.Module):
-    """(…, M) → (…, N/tp). Holds rows [rank·N/tp, (rank+1)·N/tp) of the weight (N, M).
+    """(B, S, M) → (B, S, N/tp). Holds rows [rank·N/tp, (rank+1)·N/tp) of the weight (N, M).
 
-    With `shards` fewer than tp, tp/shards neighbours hold the same rows: (…, M) → (…, N/shards).
-    `enter=False`: the caller has passed the input through `enter_split` itself, once for several layers."""
+    With `shards` fewer than tp, tp/shards neighbours hold the same rows: (B, S, M) → (B, S, N/shards)."""
 
     def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        *,
-        tp: Group = SINGLE,
-        enter: bool = True,
-        tokens_split: bool = False,
-        shards: int | None = None,
+        self, d_in: int, d_out: int, *, tp: Group = SINGLE, tokens_split: bool = False, shards: int | None = None
     ) -> None:
         super().__init__()
-        self.tp, self.enter, self.tokens_split = tp, enter, tokens_split
+        self.tp, self.tokens_split = tp, tokens_split
         rows = _share(d_out, shards or tp.size, "output width")
         self.weight = place(nn.Parameter(torch.empty(rows, d_in)), sharded((d_out, d_in), 0, shards=shards))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.enter:
-            x = enter_split(x, self.tp, tokens_split=self.tokens_split)
-        return F.linear(x, self.weight)
+        return columns(x, self)[0]
+
+
+def columns(x: torch.Tensor, *layers: ColumnParallelLinear, overlap: bool = False) -> list[torch.Tensor]:
+    """What each layer makes of `x`, which is gathered or copied once for all, so that its gradient is one sum over the ranks.
+    `overlap`: that sum is under way while the weights' gradients are worked out (not for schedules that split the backward)."""
+    tp, tokens_split = layers[0].tp, layers[0].tokens_split
+    weights: list[torch.Tensor] = [layer.weight for layer in layers]
+    if overlap and tp.size > 1:
+        return column_products(x, weights, tp, tokens_split=tokens_split)
+    x = enter_split(x, tp, tokens_split=tokens_split)
+    return [F.linear(x, weight) for weight in weights]
 
 
 class RowParallelLinear(nn.Module):

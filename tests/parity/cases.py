@@ -50,6 +50,8 @@ CASES: dict[str, Case] = {
     "tp4-sp": Case(4, {**SMALL, "kv_heads": 4}, 1, {"tp": 4, "sequence_parallel": True}),
     "tp4-kv2": Case(4, SMALL, 4, {"tp": 4}, documents=True),
     "tp4-kv1-sp": Case(4, {**SMALL, "kv_heads": 1}, 2, {"tp": 4, "sequence_parallel": True}),
+    "tp2-no-overlap": Case(2, SMALL, 4, {"tp": 2, "overlap": False}, documents=True),
+    "tp2-sp-no-overlap": Case(2, SMALL, 4, {"tp": 2, "overlap": False, "sequence_parallel": True}),
     "tp2-sp-z-loss": Case(2, SMALL, 2, {"tp": 2, "sequence_parallel": True}, z_loss=1e-2),
     "tp2-dp2-kv1": Case(4, {**SMALL, "kv_heads": 1}, 2, {"tp": 2}),
 }
