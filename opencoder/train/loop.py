@@ -56,6 +56,7 @@ class Trainer:
             seed=t.seed,
             recompute=t.recompute,
             parallel=config.parallel,
+            z_loss=t.z_loss,
         )
         self.optimizer: Optimizer = ReplicatedOptimizer(named_parameters(self.model), config.optim, mesh)
         self.saver = Saver(self.run_dir, config.checkpoint, mesh, timeout_s=t.timeout_s, say=self._say)

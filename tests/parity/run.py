@@ -14,7 +14,7 @@ from opencoder.config import OptimConfig, ParallelConfig
 from opencoder.model.decoder import named_parameters
 from opencoder.model.initialise import build_model
 from opencoder.optim.optimizer import ReplicatedOptimizer
-from opencoder.parallel.mesh import create_mesh
+from opencoder.parallel.mesh import create_mesh, kv_replicas_of
 from opencoder.parallel.placement import placement_of
 from opencoder.train.step import TrainStep
 from tests.harness import run_cases
@@ -42,8 +42,8 @@ def one_update(rank: int, world: int, case: Case, dtype: torch.dtype = torch.flo
     """One update of a fresh model at the layout of `case`, with a norm that clips."""
     config = model_config(case.base)
     parallel = ParallelConfig(**case.parallel)
-    mesh = create_mesh(tp=parallel.tp, cp=parallel.cp)
-    model = build_model(config, mesh, dtype=dtype, device=CPU, seed=3, parallel=parallel)
+    mesh = create_mesh(tp=parallel.tp, cp=parallel.cp, kv_replicas=kv_replicas_of(config.kv_heads, parallel.tp))
+    model = build_model(config, mesh, dtype=dtype, device=CPU, seed=3, parallel=parallel, z_loss=case.z_loss)
     # With β = (0, 0) the first moment is the clipped gradient itself. AdamW's update would then be the gradient's sign, whose
     # weights say nothing of it: eps far above the gradients makes the update proportional to them instead.
     settings = OptimConfig(clip_norm=0.1, lr=LR, betas=(0.0, 0.0), eps=1.0)
