@@ -72,8 +72,7 @@ class ModelConfig(Branch):
     max_seq_len: int = Field(4096, ge=1)
     """Longest sequence the model is meant for (exported as max_position_embeddings)."""
     init: Literal["normal", "depth_scaled"] = "normal"
-    """depth_scaled: the matrices that write into the residual stream (o_proj, down_proj) start smaller by √(2·layers) (not available
-    yet)."""
+    """depth_scaled: the matrices that write into the residual stream (o_proj, down_proj) start smaller by √(2·layers)."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the normal initialisation of every matrix."""
     head: HeadConfig = HeadConfig()
@@ -113,7 +112,8 @@ class ParallelConfig(Branch):
     """How attention reaches the other parts of a sequence under cp: keys and values travel round a ring, or tokens are exchanged for
     heads, which needs heads/tp to be a multiple of cp and kv_heads/tp a multiple or a divisor of it."""
     overlap: bool | None = None
-    """Overlap communication with the products of the backward pass; None: where the schedule allows it (not available yet)."""
+    """Sum the gradients of hidden states over tp while those of the weights are worked out; None: where the schedule allows it
+    (not under zb and zbv)."""
     virtual_stages: int = Field(1, ge=1)
     """Model chunks per pipeline rank."""
     schedule: Literal["1f1b", "interleaved", "zb", "zbv"] = "1f1b"
@@ -229,10 +229,10 @@ class TrainConfig(Branch):
     """Type of weights and activations; bf16 keeps fp32 master weights in the optimizer."""
     seed: int = 1234
     recompute: RecomputeConfig = RecomputeConfig()
-    """none; or full: keep only the input of each layer for backward and work out the rest again. attention, mlp, norm, or
-    {modules: […], layers: […]} for some of them: not available yet."""
+    """none; full: keep only the input of each layer for backward and work out the rest again; attention or mlp: the same for that
+    module alone; {modules: […], layers: …}: for some layers. norm is not available yet."""
     z_loss: float = Field(0.0, ge=0)
-    """Weight of the squared log-sum-exp of the logits beside the loss (not available yet)."""
+    """Weight of the squared log-sum-exp of the logits in what is minimised; the loss that is told stays the cross entropy."""
     skip: SkipConfig | None = None
     """Leave out updates that would do harm, and write their batches to RUN/skipped; None: a loss or norm that is not finite
     ends the run."""

@@ -35,6 +35,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_model(config)
     _check_tensor_parallel(config)
     _check_context(config)
+    _check_recompute(config)
     _check_batches(config, data_parallel_size(config, world_size))
     _check_pipeline(config, data_parallel_size(config, world_size))
     _check_schedule(config)
@@ -43,17 +44,14 @@ def validate(config: Config, world_size: int) -> None:
 
 def _check_available(config: Config) -> None:
     """Refuse what the tree can say but this version cannot do, so that no key is silently without effect."""
-    p, d, t = config.parallel, config.data, config.train
+    d, t = config.data, config.train
     missing = {
         f"model.head.kind={config.model.head.kind}": config.model.head.kind != "vocab",
         f"data.kind={d.kind}": d.kind != "lm",
         "data.fim": d.fim is not None,
         "data.stages": bool(d.stages),
         "data.cache_dir": d.cache_dir is not None,
-        "parallel.overlap": p.overlap is not None,
-        f"model.init={config.model.init}": config.model.init != "normal",
-        f"train.recompute={t.recompute}": str(t.recompute) not in ("none", "full"),
-        f"train.z_loss={t.z_loss}": t.z_loss != 0,
+        f"train.recompute={t.recompute}": "norm" in t.recompute.modules,
         "train.skip.on_stop=rewind": t.skip is not None and t.skip.on_stop != "stop",
         f"train.timeout_s={t.timeout_s:g}": t.timeout_s != 600,
         f"train.memory_check={t.memory_check}": t.memory_check != "warn",
@@ -71,7 +69,7 @@ def _check_model(config: Config) -> None:
         raise ConfigError(f"model.kv_heads={m.kv_heads} must divide model.heads={m.heads}: one of {divisors(m.heads)}")
     if m.head_dim % 2:
         raise ConfigError(f"model.head_dim={m.head_dim} must be even: rotary embedding turns pairs")
-    for name in ("heads", "kv_heads", "ffn_size", "padded_vocab_size"):
+    for name in ("heads", "ffn_size", "padded_vocab_size"):
         size = getattr(m, name)
         if size % tp:
             allowed = [d for d in divisors(size) if d <= 64]
@@ -91,7 +89,18 @@ def _check_model(config: Config) -> None:
 
 
 def _check_tensor_parallel(config: Config) -> None:
-    p, length = config.parallel, config.data.seq_len
+    p, length, kv_heads = config.parallel, config.data.seq_len, config.model.kv_heads
+    if kv_heads % p.tp and p.tp % kv_heads:
+        allowed = [n for n in divisors(config.model.heads) if n <= 64 and (kv_heads % n == 0 or n % kv_heads == 0)]
+        raise ConfigError(
+            f"model.kv_heads={kv_heads} cannot be split over parallel.tp={p.tp}, nor shared by the ranks: set parallel.tp to one of "
+            f"{allowed}"
+        )
+    if p.overlap and p.schedule in ("zb", "zbv"):
+        raise ConfigError(
+            f"parallel.overlap=true with parallel.schedule={p.schedule}: a zero-bubble schedule splits the backward pass that overlap "
+            "keeps together; remove the key, or choose 1f1b or interleaved"
+        )
     if not p.sequence_parallel:
         return
     if p.tp == 1:
@@ -103,6 +112,19 @@ def _check_tensor_parallel(config: Config) -> None:
         raise ConfigError(
             f"data.seq_len={length} cannot be split over cp·tp = {p.cp}·{p.tp} under parallel.sequence_parallel: set it to a "
             f"multiple of {p.cp * p.tp}"
+        )
+
+
+def _check_recompute(config: Config) -> None:
+    chosen, layers = config.train.recompute.layers, config.model.layers
+    highest = chosen - 1 if isinstance(chosen, int) else max(chosen or [0])
+    if highest >= layers or (not isinstance(chosen, int) and min(chosen or [0]) < 0):
+        raise ConfigError(
+            f"train.recompute.layers={chosen} names a layer that is not there: the model has {layers}, numbered from 0"
+        )
+    if chosen is not None and not config.train.recompute.modules:
+        raise ConfigError(
+            f"train.recompute.layers={chosen} without modules is without effect: add modules: [full], or some of attention and mlp"
         )
 
 

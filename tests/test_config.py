@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from opencoder.config import Config, load_config, load_corpus_config, validate
+from opencoder.config_rules import _check_tensor_parallel
 from opencoder.errors import ConfigError
 
 pytestmark = pytest.mark.fast
@@ -65,6 +66,11 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         (["train.samples=100"], 1, "exactly one of"),
         (["train.steps=null", "train.samples=100"], 1, "not a multiple of train.global_batch_size=8"),
         (["model.kv_heads=3"], 1, "must divide model.heads=8"),
+        (
+            ["model.heads=12", "model.head_dim=32", "model.kv_heads=6", "parallel.tp=4"],
+            4,
+            "model.kv_heads=6 cannot be split over parallel.tp=4, nor shared by the ranks: set parallel.tp to one of [1, 2, 3, 6, 12]",
+        ),
         (["model.padded_vocab_size=100"], 1, "less than model.vocab_size=8192"),
         (["data.seq_len=5000"], 1, "longer than model.max_seq_len"),
         (["optim.warmup_steps=60", "optim.decay_steps=60"], 1, "exceed the run's 100 steps"),
@@ -104,15 +110,18 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
             3,
             "data.seq_len=128 cannot be cut in 2·cp chunks with parallel.cp=3: set it to a multiple of 6",
         ),
-        (["parallel.overlap=true"], 1, "parallel.overlap is not available"),
         (["data.fim={rate: 0.3}"], 1, "data.fim is not available"),
         (["data.stages=[{from_step: 10, global_batch_size: 16}]"], 1, "data.stages is not available"),
         (["data.cache_dir=c"], 1, "data.cache_dir is not available"),
-        (["model.init=depth_scaled"], 1, "model.init=depth_scaled is not available"),
-        (["train.recompute=attention"], 1, "train.recompute=attention is not available"),
-        (["train.recompute={modules: [mlp], layers: 2}"], 1, "is not available"),
-        (["train.z_loss=1e-4"], 1, "train.z_loss=0.0001 is not available"),
         (["train.skip={on_stop: rewind}"], 1, "train.skip.on_stop=rewind is not available"),
+        (["train.recompute=norm"], 1, "train.recompute=norm is not available"),
+        (
+            ["train.recompute={modules: [mlp], layers: 9}"],
+            1,
+            "layers=9 names a layer that is not there: the model has 4",
+        ),
+        (["train.recompute={modules: [mlp], layers: [1, 8]}"], 1, "layers=[1, 8] names a layer that is not there"),
+        (["train.recompute={layers: 2}"], 1, "without modules is without effect"),
         (["train.timeout_s=60"], 1, "train.timeout_s=60 is not available"),
         (["train.memory_check=refuse"], 1, "train.memory_check=refuse is not available"),
         (["checkpoint.fork=r", "checkpoint.load=r"], 1, "checkpoint.fork and checkpoint.load are both set"),
@@ -125,6 +134,13 @@ def test_rules_between_fields(config_file: Path, overrides: list[str], world_siz
 def test_preset_fills_and_explicit_keys_win(config_file: Path) -> None:
     model = load_config(config_file, ["model.preset=opencoder-8b", "model.layers=2"]).model
     assert (model.layers, model.hidden_size, model.kv_heads, model.rope_theta) == (2, 4096, 8, 5e5)
+
+
+@pytest.mark.parametrize("schedule", ["zb", "zbv"])
+def test_overlap_is_refused_where_the_backward_pass_is_split(config_file: Path, schedule: str) -> None:
+    config = load_config(config_file, ["parallel.overlap=true", f"parallel.schedule={schedule}"])
+    with pytest.raises(ConfigError, match=f"schedule={schedule}: a zero-bubble schedule splits"):
+        _check_tensor_parallel(config)
 
 
 def test_recompute_is_a_name_or_a_branch(config_file: Path) -> None:

@@ -9,16 +9,15 @@ rank's share. Modules carry the names of the Hugging Face checkpoint, so paramet
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from opencoder import kernels as K
 from opencoder.config import ModelConfig, ParallelConfig, RecomputeConfig
-from opencoder.parallel.collectives import enter_split
-from opencoder.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from opencoder.parallel.mesh import SINGLE, Group, Mesh
+from opencoder.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, columns
+from opencoder.parallel.mesh import SINGLE, Group, Mesh, kv_replicas_of
 from opencoder.parallel.placement import place, replicated
 
 from .attend import Context, Documents, Rope, attend, context_of, positions_of
@@ -39,6 +38,15 @@ class Part(NamedTuple):
     """Holds the last norm and the head."""
 
 
+class _How(NamedTuple):
+    """How the layers work over the tensor-parallel ranks."""
+
+    tokens_split: bool
+    """Between them each rank has a part of the tokens (sequence parallelism)."""
+    overlap: bool
+    """Their backward pass communicates while it computes."""
+
+
 class RMSNorm(nn.Module):
     """(…, M) → (…, M); with `residual`, adds first and returns the sum too."""
 
@@ -57,21 +65,24 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, *, tokens_split: bool = False) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, how: _How) -> None:
         super().__init__()
-        self.head_dim, self.tp, self.tokens_split = config.head_dim, mesh.tp, tokens_split
-        width, d = config.hidden_size, config.head_dim
-        self.q_proj = ColumnParallelLinear(width, config.heads * d, tp=mesh.tp, enter=False)
-        self.k_proj = ColumnParallelLinear(width, config.kv_heads * d, tp=mesh.tp, enter=False)
-        self.v_proj = ColumnParallelLinear(width, config.kv_heads * d, tp=mesh.tp, enter=False)
-        self.o_proj = RowParallelLinear(config.heads * d, width, tp=mesh.tp, tokens_split=tokens_split)
+        self.head_dim, self.how = config.head_dim, how
+        width, queries, keys = config.hidden_size, config.heads * config.head_dim, config.kv_heads * config.head_dim
+        split: dict[str, Any] = {"tp": mesh.tp, "tokens_split": how.tokens_split}
+        # Fewer key/value heads than ranks: neighbours hold the same one, each for the query heads it has.
+        shards = config.kv_heads if kv_replicas_of(config.kv_heads, mesh.tp.size) > 1 else None
+        self.q_proj = ColumnParallelLinear(width, queries, **split)
+        self.k_proj = ColumnParallelLinear(width, keys, **split, shards=shards)
+        self.v_proj = ColumnParallelLinear(width, keys, **split, shards=shards)
+        self.o_proj = RowParallelLinear(queries, width, **split)
 
     def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
-        x = enter_split(x, self.tp, tokens_split=self.tokens_split)  # once for all three: one collective in backward
-        b, s, _ = x.shape
-        q = self.q_proj(x).view(b, s, -1, self.head_dim)  # (B, S, M) -> (B, S, H/tp, D)
-        k = self.k_proj(x).view(b, s, -1, self.head_dim)
-        v = self.v_proj(x).view(b, s, -1, self.head_dim)
+        q, k, v = columns(x, self.q_proj, self.k_proj, self.v_proj, overlap=self.how.overlap)
+        b, s, _ = q.shape
+        q = q.view(b, s, -1, self.head_dim)  # (B, S, H/tp·D) -> (B, S, H/tp, D)
+        k = k.view(b, s, -1, self.head_dim)
+        v = v.view(b, s, -1, self.head_dim)
         q, k = K.rotary(q, k, context.rope.cos, context.rope.sin)
         return self.o_proj(attend(q, k, v, context).reshape(b, s, -1))
 
@@ -80,18 +91,18 @@ class MLP(nn.Module):
     """down(silu(gate(x)) · up(x)). The product in the brackets is not kept for the backward pass but made again: gate and up
     are kept in any case, and it is a third of what the layer would keep."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, *, keep_product: bool, tokens_split: bool = False) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, how: _How, *, keep_product: bool) -> None:
         """`keep_product` where the whole block is recomputed anyway."""
         super().__init__()
-        self.tp, self.keep_product, self.tokens_split = mesh.tp, keep_product, tokens_split
+        self.how, self.keep_product = how, keep_product
         width, inner = config.hidden_size, config.ffn_size
-        self.gate_proj = ColumnParallelLinear(width, inner, tp=mesh.tp, enter=False)
-        self.up_proj = ColumnParallelLinear(width, inner, tp=mesh.tp, enter=False)
-        self.down_proj = RowParallelLinear(inner, width, tp=mesh.tp, tokens_split=tokens_split)
+        split: dict[str, Any] = {"tp": mesh.tp, "tokens_split": how.tokens_split}
+        self.gate_proj = ColumnParallelLinear(width, inner, **split)
+        self.up_proj = ColumnParallelLinear(width, inner, **split)
+        self.down_proj = RowParallelLinear(inner, width, **split)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = enter_split(x, self.tp, tokens_split=self.tokens_split)
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = columns(x, self.gate_proj, self.up_proj, overlap=self.how.overlap)
         product = K.swiglu(gate, up)
         if self.keep_product:
             return self.down_proj(product)
@@ -102,17 +113,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer, pre-norm. Takes and gives (update, residual): the addition is fused into the next norm."""
 
-    def __init__(
-        self, config: ModelConfig, mesh: Mesh, *, recompute: frozenset[str] = frozenset(), tokens_split: bool = False
-    ) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, how: _How, *, recompute: frozenset[str] = frozenset()) -> None:
         """`recompute`: which of its modules run again in the backward pass, "full" for all of it."""
         super().__init__()
         self.recompute = recompute
         width, eps = config.hidden_size, config.norm_eps
-        self.input_layernorm = RMSNorm(width, eps, tokens_split=tokens_split)
-        self.self_attn = Attention(config, mesh, tokens_split=tokens_split)
-        self.post_attention_layernorm = RMSNorm(width, eps, tokens_split=tokens_split)
-        self.mlp = MLP(config, mesh, keep_product=bool(recompute & {"full", "mlp"}), tokens_split=tokens_split)
+        self.input_layernorm = RMSNorm(width, eps, tokens_split=how.tokens_split)
+        self.self_attn = Attention(config, mesh, how)
+        self.post_attention_layernorm = RMSNorm(width, eps, tokens_split=how.tokens_split)
+        self.mlp = MLP(config, mesh, how, keep_product=bool(recompute & {"full", "mlp"}))
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, context: Context
@@ -138,12 +147,22 @@ class Decoder(nn.Module):
         recompute: str | RecomputeConfig = "none",
         part: Part | None = None,
         parallel: ParallelConfig | None = None,
+        z_loss: float = 0.0,
     ) -> None:
         """`part` None: the whole model. Sizes come from `mesh`; `parallel` says how the layers work over it, None: as by
         default. Raises ValueError for a part that the model cannot be cut into."""
         super().__init__()
         mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
+        replicas = kv_replicas_of(config.kv_heads, mesh.tp.size)
+        if mesh.kv.size != replicas:
+            raise ValueError(
+                f"{config.kv_heads} key/value heads over tp {mesh.tp.size} stand on {replicas} ranks each, but the mesh was made "
+                f"with kv_replicas={mesh.kv.size}"
+            )
+        split_backward = parallel.schedule in ("zb", "zbv")
+        overlap = not split_backward if parallel.overlap is None else parallel.overlap
         tokens_split = parallel.sequence_parallel and mesh.tp.size > 1
+        how = _How(tokens_split, overlap)
         self.tokens_split_over = mesh.tp.size if tokens_split else 1
         """Ranks that share the tokens of a hidden state."""
         self.config, self.cp, self.context_attention = config, mesh.cp, parallel.context_attention
@@ -156,14 +175,13 @@ class Decoder(nn.Module):
             )
         again = {i: modules_of(recompute, i) for i in part.layers}
         self.again = {str(i): "full" in modules for i, modules in again.items()}
-        self.layers = nn.ModuleDict(
-            {str(i): Block(config, mesh, recompute=again[i], tokens_split=tokens_split) for i in part.layers}
-        )
+        self.layers = nn.ModuleDict({str(i): Block(config, mesh, how, recompute=again[i]) for i in part.layers})
         if part.last:
             self.norm = RMSNorm(config.hidden_size, config.norm_eps, tokens_split=tokens_split)
             tied = self.embed_tokens.weight if config.tie_embeddings else None
-            split = parallel.schedule in ("zb", "zbv")
-            self.lm_head = VocabHead(config, mesh, weight=tied, split_backward=split, tokens_split=tokens_split)
+            self.lm_head = VocabHead(
+                config, mesh, weight=tied, split_backward=split_backward, tokens_split=tokens_split, z_loss=z_loss
+            )
 
     def hidden(
         self, x: torch.Tensor, documents: Documents | None = None, *, positions: torch.Tensor | None = None

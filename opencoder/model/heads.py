@@ -38,13 +38,15 @@ class VocabHead(nn.Module):
         weight: nn.Parameter | None = None,
         split_backward: bool = False,
         tokens_split: bool = False,
+        z_loss: float = 0.0,
     ) -> None:
-        """`weight` is the embedding's parameter when the two are tied. `tokens_split`: as in parallel/layers.py.
+        """`weight` is the embedding's parameter when the two are tied. `tokens_split`: as in parallel/layers.py,
+        `z_loss` as in parallel/cross_entropy.py.
         `split_backward`: the gradients of hidden state and weight may be asked for one after the other, as zero-bubble schedules
         do; all logits of a micro-batch are then kept until both are there."""
         super().__init__()
         self.mesh, self.chunk_tokens = mesh, config.head.chunk_tokens
-        self.split_backward, self.tokens_split = split_backward, tokens_split
+        self.split_backward, self.tokens_split, self.z_loss = split_backward, tokens_split, z_loss
         vocab, width = config.padded_vocab_size, config.hidden_size
         rows = vocab // mesh.tp.size
         self.vocab_start = mesh.tp.rank * rows
@@ -63,13 +65,13 @@ class VocabHead(nn.Module):
         (0-dim), statistics."""
         x = enter_split(hidden, self.mesh.tp, tokens_split=self.tokens_split).flatten(0, 1)
         flat = targets.reshape(-1)
-        start, tp = self.vocab_start, self.mesh.tp
+        start, tp, z_loss = self.vocab_start, self.mesh.tp, self.z_loss
         if self.split_backward:  # the fused loss works both gradients out at once, and once only
             logits = F.linear(x, self.weight)
-            total = vocab_parallel_cross_entropy(logits, flat, vocab_start=start, group=tp).sum()
+            total = vocab_parallel_cross_entropy(logits, flat, vocab_start=start, group=tp, z_loss=z_loss).sum()
         else:
             total = vocab_parallel_linear_cross_entropy(
-                x, self.weight, flat, vocab_start=start, group=tp, chunk_tokens=self.chunk_tokens
+                x, self.weight, flat, vocab_start=start, group=tp, chunk_tokens=self.chunk_tokens, z_loss=z_loss
             )
         return total, {"tokens": (flat != IGNORE).sum()}
 

@@ -11,32 +11,42 @@ from torch import nn
 
 from .collectives import enter_split, leave_split
 from .group import SINGLE, Group
+from .overlap import column_products
 from .placement import place, sharded
 
 
-def _share(total: int, group: Group, what: str) -> int:
-    if total % group.size:
-        raise ValueError(f"{what}={total} cannot be split over {group.size} ranks: it must be a multiple")
-    return total // group.size
+def _share(total: int, parts: int, what: str) -> int:
+    if total % parts:
+        raise ValueError(f"{what}={total} cannot be split over {parts} ranks: it must be a multiple")
+    return total // parts
 
 
 class ColumnParallelLinear(nn.Module):
-    """(…, M) → (…, N/tp). Holds rows [rank·N/tp, (rank+1)·N/tp) of the weight (N, M).
+    """(B, S, M) → (B, S, N/tp). Holds rows [rank·N/tp, (rank+1)·N/tp) of the weight (N, M).
 
-    `enter=False`: the caller has passed the input through `enter_split` itself, once for several layers."""
+    With `shards` fewer than tp, tp/shards neighbours hold the same rows: (B, S, M) → (B, S, N/shards)."""
 
     def __init__(
-        self, d_in: int, d_out: int, *, tp: Group = SINGLE, enter: bool = True, tokens_split: bool = False
+        self, d_in: int, d_out: int, *, tp: Group = SINGLE, tokens_split: bool = False, shards: int | None = None
     ) -> None:
         super().__init__()
-        self.tp, self.enter, self.tokens_split = tp, enter, tokens_split
-        local = torch.empty(_share(d_out, tp, "output width"), d_in)
-        self.weight = place(nn.Parameter(local), sharded((d_out, d_in), 0))
+        self.tp, self.tokens_split = tp, tokens_split
+        rows = _share(d_out, shards or tp.size, "output width")
+        self.weight = place(nn.Parameter(torch.empty(rows, d_in)), sharded((d_out, d_in), 0, shards=shards))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.enter:
-            x = enter_split(x, self.tp, tokens_split=self.tokens_split)
-        return F.linear(x, self.weight)
+        return columns(x, self)[0]
+
+
+def columns(x: torch.Tensor, *layers: ColumnParallelLinear, overlap: bool = False) -> list[torch.Tensor]:
+    """What each layer makes of `x`, which is gathered or copied once for all, so that its gradient is one sum over the ranks.
+    `overlap`: that sum is under way while the weights' gradients are worked out (not for schedules that split the backward)."""
+    tp, tokens_split = layers[0].tp, layers[0].tokens_split
+    weights: list[torch.Tensor] = [layer.weight for layer in layers]
+    if overlap and tp.size > 1:
+        return column_products(x, weights, tp, tokens_split=tokens_split)
+    x = enter_split(x, tp, tokens_split=tokens_split)
+    return [F.linear(x, weight) for weight in weights]
 
 
 class RowParallelLinear(nn.Module):
@@ -45,7 +55,7 @@ class RowParallelLinear(nn.Module):
     def __init__(self, d_in: int, d_out: int, *, tp: Group = SINGLE, tokens_split: bool = False) -> None:
         super().__init__()
         self.tp, self.tokens_split = tp, tokens_split
-        local = torch.empty(d_out, _share(d_in, tp, "input width"))
+        local = torch.empty(d_out, _share(d_in, tp.size, "input width"))
         self.weight = place(nn.Parameter(local), sharded((d_out, d_in), 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -58,7 +68,7 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, vocab_size: int, width: int, *, tp: Group = SINGLE, tokens_split: bool = False) -> None:
         super().__init__()
         self.tp, self.tokens_split = tp, tokens_split
-        rows = _share(vocab_size, tp, "vocabulary")
+        rows = _share(vocab_size, tp.size, "vocabulary")
         self.start = tp.rank * rows
         self.weight = place(nn.Parameter(torch.empty(rows, width)), sharded((vocab_size, width), 0))
 

@@ -12,8 +12,9 @@ import torch
 from opencoder import kernels as K
 from opencoder.config import Config, data_parallel_size
 from opencoder.model.decoder import Decoder, named_parameters
+from opencoder.model.recompute import modules_of
 from opencoder.optim.update import check_groups
-from opencoder.parallel.mesh import Mesh, pretend_mesh
+from opencoder.parallel.mesh import Mesh, kv_replicas_of, pretend_mesh
 from opencoder.parallel.placement import placement_of
 from opencoder.parallel.ulysses import key_heads_for
 
@@ -49,7 +50,8 @@ class Estimate:
 def estimate(config: Config, world_size: int) -> Estimate:
     """Sizes on rank 0 of `world_size`. The model is built on the meta device: no memory is taken."""
     p, t, m = config.parallel, config.train, config.model
-    mesh = pretend_mesh(world_size=world_size, tp=p.tp, pp=p.pp, cp=p.cp)
+    replicas = kv_replicas_of(m.kv_heads, p.tp)
+    mesh = pretend_mesh(world_size=world_size, tp=p.tp, pp=p.pp, cp=p.cp, kv_replicas=replicas)
     with torch.device("meta"):
         model = Decoder(m, mesh)
     check_groups(config.optim, named_parameters(model))
@@ -86,15 +88,25 @@ def _ring(size: int, ranks: int) -> int:
 
 
 def _activations(config: Config, mesh: Mesh, tokens: int, width: int) -> int:
+    """What all layers keep, and what the largest of those that run again makes anew while it does."""
+    everything = _kept_per_token(config, mesh, frozenset())
+    kept = [_kept_per_token(config, mesh, modules_of(config.train.recompute, i)) for i in range(config.model.layers)]
+    return int(tokens * width * (sum(kept) + everything - min(kept)))
+
+
+def _kept_per_token(config: Config, mesh: Mesh, again: frozenset[str]) -> float:
+    """Numbers that a layer keeps of each token when the modules `again` are run again."""
     m, tp = config.model, mesh.tp.size
-    # per token: input, sum, output of two norms (the outputs whole even under sequence parallelism: they are gathered);
-    # q, k (before and after rotary), v, attention output; gate, up
-    split = (3 * m.heads + 3 * m.kv_heads) * m.head_dim + 2 * m.ffn_size
-    hidden = (2 + 4 / tp if config.parallel.sequence_parallel else 6) * m.hidden_size
-    layer = int(tokens * width * (hidden + split // tp))
-    if "full" in config.train.recompute.modules:
-        return config.model.layers * tokens * width * 2 * m.hidden_size + layer
-    return config.model.layers * layer
+    share = tp if config.parallel.sequence_parallel else 1
+    if "full" in again:
+        return 2 * m.hidden_size / share
+    # input, sum, output of two norms: the outputs are whole even under sequence parallelism, as they are gathered
+    kept = (4 / share + 2) * m.hidden_size
+    if "attention" not in again:  # q, k (before and after rotary), v, output
+        kept += 3 * (m.heads + max(m.kv_heads, tp)) * m.head_dim / tp
+    if "mlp" not in again:  # gate, up
+        kept += 2 * m.ffn_size / tp
+    return kept
 
 
 def _tensor_parallel_bytes(config: Config, mesh: Mesh, tokens: int, width: int) -> int:

@@ -87,6 +87,7 @@ class Trainer:
                 recompute=c.train.recompute,
                 part=part,
                 parallel=c.parallel,
+                z_loss=c.train.z_loss,
             )
 
         if self.mesh.pp.size == 1:

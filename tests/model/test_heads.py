@@ -28,10 +28,12 @@ def targets_of_case() -> torch.Tensor:
     return targets
 
 
-def head_gradients(rank: int, world: int, split_backward: bool, one_by_one: bool) -> dict[str, Any]:
+def head_gradients(
+    rank: int, world: int, split_backward: bool, one_by_one: bool, z_loss: float = 0.0
+) -> dict[str, Any]:
     torch.set_default_dtype(torch.float64)
     mesh = create_mesh(tp=world)
-    head = VocabHead(model_config(), mesh, split_backward=split_backward)
+    head = VocabHead(model_config(head={"chunk_tokens": 5}), mesh, split_backward=split_backward, z_loss=z_loss)
     with torch.no_grad():
         head.weight.copy_(draw(VOCAB, WIDTH, seed=1)[placement_of(head.weight).slice_of(mesh)])
     hidden = draw(3, 7, WIDTH, seed=2).requires_grad_()
@@ -55,6 +57,20 @@ def test_head_equals_cross_entropy_of_whole_logits(world: int, split_backward: b
     for found in results:
         assert torch.allclose(found["total"], truth, rtol=1e-13)
         assert found["tokens"] == int((targets_of_case() >= 0).sum())
+        assert torch.allclose(found["dx"], hidden.grad, rtol=1e-12, atol=1e-13)
+    assert torch.allclose(torch.cat([found["dw"] for found in results]), weight.grad, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("split_backward", [False, True])
+def test_z_loss_is_in_the_gradients_and_not_in_the_value(world: int, split_backward: bool) -> None:
+    weight, hidden = draw(VOCAB, WIDTH, seed=1).requires_grad_(), draw(3, 7, WIDTH, seed=2).requires_grad_()
+    logits, targets = (hidden @ weight.T).flatten(0, 1), targets_of_case().flatten()
+    plain = F.cross_entropy(logits, targets, reduction="sum")
+    ((plain + 0.01 * (logits.logsumexp(-1)[targets >= 0] ** 2).sum()) / 7).backward()
+    results = run_ranks(head_gradients, world, split_backward, False, 0.01)
+    for found in results:
+        assert torch.allclose(found["total"], plain, rtol=1e-12)
         assert torch.allclose(found["dx"], hidden.grad, rtol=1e-12, atol=1e-13)
     assert torch.allclose(torch.cat([found["dw"] for found in results]), weight.grad, rtol=1e-12, atol=1e-13)
 

@@ -28,11 +28,12 @@ class Case:
     """As in ParallelConfig."""
     documents: bool = False
     """Samples are cut in documents that do not see one another."""
+    z_loss: float = 0.0
 
     @property
     def truth(self) -> Case:
         """The same model and batch in one process, whole."""
-        return Case(1, self.base, SAMPLES, documents=self.documents)
+        return Case(1, self.base, SAMPLES, documents=self.documents, z_loss=self.z_loss)
 
 
 CASES: dict[str, Case] = {
@@ -52,6 +53,12 @@ CASES: dict[str, Case] = {
     "tp2-sp-documents": Case(2, SMALL, 2, {"tp": 2, "sequence_parallel": True}, documents=True),
     "tp2-dp2-sp": Case(4, {**SMALL, "tie_embeddings": True}, 2, {"tp": 2, "sequence_parallel": True}, documents=True),
     "tp4-sp": Case(4, {**SMALL, "kv_heads": 4}, 1, {"tp": 4, "sequence_parallel": True}),
+    "tp4-kv2": Case(4, SMALL, 4, {"tp": 4}, documents=True),
+    "tp4-kv1-sp": Case(4, {**SMALL, "kv_heads": 1}, 2, {"tp": 4, "sequence_parallel": True}),
+    "tp2-no-overlap": Case(2, SMALL, 4, {"tp": 2, "overlap": False}, documents=True),
+    "tp2-sp-no-overlap": Case(2, SMALL, 4, {"tp": 2, "overlap": False, "sequence_parallel": True}),
+    "tp2-sp-z-loss": Case(2, SMALL, 2, {"tp": 2, "sequence_parallel": True}, z_loss=1e-2),
+    "tp2-dp2-kv1": Case(4, {**SMALL, "kv_heads": 1}, 2, {"tp": 2}),
     "cp2": Case(2, micro_batch=4, parallel={"cp": 2}, documents=True),
     "cp2-dense": Case(2, SMALL, 2, {"cp": 2}),
     "cp2-tp2": Case(4, micro_batch=2, parallel={"cp": 2, "tp": 2}, documents=True),
@@ -61,6 +68,7 @@ CASES: dict[str, Case] = {
         4, micro_batch=2, parallel={"cp": 2, "tp": 2, "context_attention": "ulysses"}, documents=True
     ),
     "cp2-tp2-sp": Case(4, SMALL, 2, {"cp": 2, "tp": 2, "sequence_parallel": True}, documents=True),
+    "cp2-tp4-kv2": Case(8, SMALL, 4, {"cp": 2, "tp": 4}, documents=True),
     "cp4": Case(4, {**SMALL, "tie_embeddings": True}, 2, {"cp": 4}, documents=True),
     "cp4-ulysses": Case(4, SMALL, 4, {"cp": 4, "context_attention": "ulysses"}, documents=True),
     "cp2-tp2-dp2-sp": Case(8, SMALL, 2, {"cp": 2, "tp": 2, "sequence_parallel": True}, documents=True),

@@ -14,7 +14,7 @@ from opencoder.config import OptimConfig, ParallelConfig
 from opencoder.model.decoder import Decoder, Part, named_parameters
 from opencoder.model.initialise import build_model
 from opencoder.optim.build import build_optimizer
-from opencoder.parallel.mesh import create_mesh
+from opencoder.parallel.mesh import create_mesh, kv_replicas_of
 from opencoder.parallel.placement import placement_of
 from opencoder.train.pipeline_runner import Chunks, PipelineRunner, build_chunks, models_of
 from opencoder.train.step import TrainStep
@@ -45,10 +45,13 @@ def one_update(rank: int, world: int, case: Case, dtype: torch.dtype = torch.flo
     """One update of a fresh model at the layout of `case`, with a norm that clips."""
     config = model_config(case.base)
     parallel = ParallelConfig.model_validate(case.parallel)
-    mesh = create_mesh(tp=parallel.tp, pp=parallel.pp, cp=parallel.cp)
+    replicas = kv_replicas_of(config.kv_heads, parallel.tp)
+    mesh = create_mesh(tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, kv_replicas=replicas)
 
     def build(part: Part | None = None) -> Decoder:
-        return build_model(config, mesh, dtype=dtype, device=CPU, seed=3, part=part, parallel=parallel)
+        return build_model(
+            config, mesh, dtype=dtype, device=CPU, seed=3, part=part, parallel=parallel, z_loss=case.z_loss
+        )
 
     model = build_chunks(config, parallel, mesh, seq_len=LENGTH, build=build) if mesh.pp.size > 1 else build()
     # With β = (0, 0) the first moment is the clipped gradient itself. AdamW's update would then be the gradient's sign, whose
