@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
+import tempfile
 from typing import Any, NamedTuple
 
 import torch
@@ -95,9 +97,12 @@ def errors(found: Outcome, truth: Outcome) -> dict[str, float]:
 
 def worst(outcomes: list[Outcome], truth: Outcome) -> dict[str, float]:
     """The largest error of each quantity over the ranks. Raises AssertionError if a parameter is on no rank."""
-    per_rank = [errors(outcome, truth) for outcome in outcomes]
+    return _worst([errors(outcome, truth) for outcome in outcomes], set(truth.gradients))
+
+
+def _worst(per_rank: list[dict[str, float]], keys: set[str]) -> dict[str, float]:
     names = {name for found in per_rank for name in found}
-    absent = {f"gradient {key}" for key in truth.gradients} - names
+    absent = {f"gradient {key}" for key in keys} - names
     assert not absent, f"no rank holds {sorted(absent)}"
     # A number that is not finite is the worst there is, and max() would not say so.
     return {
@@ -106,17 +111,29 @@ def worst(outcomes: list[Outcome], truth: Outcome) -> dict[str, float]:
     }
 
 
+def _save_truth(rank: int, world: int, case: Case, file: str) -> list[str]:
+    """One process' outcome into a file; its keys."""
+    truth = one_update(rank, world, case)
+    torch.save(truth._asdict(), file)
+    return list(truth.gradients)
+
+
+def _errors_against(rank: int, world: int, case: Case, dtype: torch.dtype, file: str) -> dict[str, float]:
+    """Errors of this rank. Compared here: the tensors of all ranks and layouts would be gigabytes."""
+    return errors(one_update(rank, world, case, dtype), Outcome(**torch.load(file, mmap=True, weights_only=False)))
+
+
 def run_all(cases: dict[str, Case], *, dtype: torch.dtype = torch.float64) -> dict[str, dict[str, float]]:
     """Name of a layout → its `worst` errors. Layouts of one size share their processes."""
-    truths: dict[str, Case] = {}
-    for case in cases.values():
-        truths[repr(case.truth)] = case.truth
-    truth = run_cases(one_update, 1, {name: (case,) for name, case in truths.items()}, timeout_s=600)
+    truths = list({repr(case.truth): case.truth for case in cases.values()}.items())
     found: dict[str, Any] = {}
-    for world in sorted({case.world for case in cases.values()}):
-        chosen = {name: (case, dtype) for name, case in cases.items() if case.world == world}
-        found |= run_cases(one_update, world, chosen, timeout_s=600)
-    return {name: worst(found[name], truth[repr(case.truth)][0]) for name, case in cases.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: os.path.join(folder, f"{i}.pt") for i, (name, _) in enumerate(truths)}
+        keys = run_cases(_save_truth, 1, {name: (case, files[name]) for name, case in truths}, timeout_s=600)
+        for world in sorted({case.world for case in cases.values()}):
+            chosen = {n: (c, dtype, files[repr(c.truth)]) for n, c in cases.items() if c.world == world}
+            found |= run_cases(_errors_against, world, chosen, timeout_s=600)
+    return {name: _worst(found[name], set(keys[repr(case.truth)][0])) for name, case in cases.items()}
 
 
 def main(names: list[str]) -> None:
