@@ -72,8 +72,7 @@ class ModelConfig(Branch):
     max_seq_len: int = Field(4096, ge=1)
     """Longest sequence the model is meant for (exported as max_position_embeddings)."""
     init: Literal["normal", "depth_scaled"] = "normal"
-    """depth_scaled: the matrices that write into the residual stream (o_proj, down_proj) start smaller by √(2·layers) (not available
-    yet)."""
+    """depth_scaled: the matrices that write into the residual stream (o_proj, down_proj) start smaller by √(2·layers)."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the normal initialisation of every matrix."""
     head: HeadConfig = HeadConfig()
@@ -108,17 +107,20 @@ class ParallelConfig(Branch):
     cp: int = Field(1, ge=1)
     """Context parallel size."""
     sequence_parallel: bool = False
-    """Split the sequence between the tensor-parallel regions."""
+    """Split the tokens over tp between the tensor-parallel regions: each rank norms and keeps its share of them."""
     context_attention: Literal["ring", "ulysses"] = "ring"
     """How attention reaches the other parts of a sequence under cp: keys and values travel round a ring, or tokens are exchanged for
-    heads (not available yet)."""
+    heads, which needs heads/tp to be a multiple of cp and kv_heads/tp a multiple or a divisor of it."""
     overlap: bool | None = None
-    """Overlap communication with the products of the backward pass; None: where the schedule allows it (not available yet)."""
+    """Sum the gradients of hidden states over tp while those of the weights are worked out; None: where the schedule allows it
+    (not under zb and zbv)."""
     virtual_stages: int = Field(1, ge=1)
     """Model chunks per pipeline rank."""
     schedule: Literal["1f1b", "interleaved", "zb", "zbv"] = "1f1b"
+    """Order of the micro-batches in a pipeline, and which stages are on a rank: interleaved takes virtual_stages of 2 or more, zb
+    (interleaved zero-bubble) 1 or 2, zbv (zero-bubble in a V) 2. zb and zbv keep all logits of a micro-batch, not a chunk of them."""
     layout: list[int] | None = None
-    """Layers per pipeline stage; default: balanced."""
+    """Layers of each of the pp·virtual_stages stages; None: balanced, with the head counted as the layers it costs."""
     sharded_optimizer: bool = False
     """Split the optimizer state over the data-parallel ranks (ZeRO-1)."""
     grad_compression: Literal["none"] = "none"
@@ -205,11 +207,11 @@ class SkipConfig(Branch):
     sigma: float = Field(6.0, gt=0)
     """Standard deviations above the mean of the window."""
     window: int = Field(128, ge=2)
-    """Steps looked back."""
+    """Updates looked back; until half of them are made, only what is not finite is left out."""
     stop_after: int = Field(5, ge=1)
     """Steps skipped in a row that end the run, or rewind it."""
     on_stop: Literal["stop", "rewind"] = "stop"
-    """rewind: go back to the newest checkpoint from before them and leave their batches out."""
+    """rewind: go back to the newest checkpoint from before them and leave their batches out (not available yet)."""
 
 
 class TrainConfig(Branch):
@@ -227,12 +229,13 @@ class TrainConfig(Branch):
     """Type of weights and activations; bf16 keeps fp32 master weights in the optimizer."""
     seed: int = 1234
     recompute: RecomputeConfig = RecomputeConfig()
-    """none; or full: keep only the input of each layer for backward and work out the rest again. attention, mlp, norm, or
-    {modules: […], layers: […]} for some of them: not available yet."""
+    """none; full: keep only the input of each layer for backward and work out the rest again; attention or mlp: the same for that
+    module alone; {modules: […], layers: …}: for some layers. norm is not available yet."""
     z_loss: float = Field(0.0, ge=0)
-    """Weight of the squared log-sum-exp of the logits beside the loss (not available yet)."""
+    """Weight of the squared log-sum-exp of the logits in what is minimised; the loss that is told stays the cross entropy."""
     skip: SkipConfig | None = None
-    """Leave out updates that would do harm; None: a loss or norm that is not finite ends the run (not available yet)."""
+    """Leave out updates that would do harm, and write their batches to RUN/skipped; None: a loss or norm that is not finite
+    ends the run."""
     timeout_s: float = Field(600.0, gt=0)
     """Seconds after which a collective is taken for one that hangs (another value: not available yet)."""
     memory_check: Literal["warn", "refuse"] = "warn"
@@ -289,7 +292,7 @@ class OptimConfig(Branch):
     """wsd: length of the tail at the end of the run. cosine: always up to the end of the run."""
     decay_shape: Literal["exponential", "exponential_megatron", "linear", "cosine", "minus_sqrt"] = "exponential"
     groups: list[ParameterGroup] = []
-    """Settings for some of the parameters (not available yet)."""
+    """Settings for some of the parameters."""
 
 
 class CheckpointConfig(Branch):

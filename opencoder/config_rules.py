@@ -57,36 +57,28 @@ def phases(config: Config) -> list[Phase]:
 def validate(config: Config, world_size: int) -> None:
     """Every rule between fields, for a job of `world_size` processes. Raises ConfigError (value, limit, remedy)."""
     _check_available(config)
-    _check_model(config)
     _check_length(config)
     _check_stages(config, data_parallel_size(config, world_size))
     _check_fim(config)
+    _check_model(config)
+    _check_tensor_parallel(config)
+    _check_context(config)
+    _check_recompute(config)
+    _check_pipeline(config, data_parallel_size(config, world_size))
     _check_schedule(config)
     _check_checkpoint(config)
 
 
 def _check_available(config: Config) -> None:
     """Refuse what the tree can say but this version cannot do, so that no key is silently without effect."""
-    p, d, t = config.parallel, config.data, config.train
+    d, t = config.data, config.train
     missing = {
-        f"parallel.pp={p.pp}": p.pp > 1,
-        f"parallel.cp={p.cp}": p.cp > 1,
-        "parallel.sequence_parallel=true": p.sequence_parallel,
-        f"parallel.virtual_stages={p.virtual_stages}": p.virtual_stages > 1,
-        f"parallel.schedule={p.schedule}": p.schedule != "1f1b",
-        "parallel.layout": p.layout is not None,
-        "parallel.sharded_optimizer=true": p.sharded_optimizer,
         f"model.head.kind={config.model.head.kind}": config.model.head.kind != "vocab",
         f"data.kind={d.kind}": d.kind != "lm",
-        f"parallel.context_attention={p.context_attention}": p.context_attention != "ring",
-        "parallel.overlap": p.overlap is not None,
-        f"model.init={config.model.init}": config.model.init != "normal",
-        f"train.recompute={t.recompute}": str(t.recompute) not in ("none", "full"),
-        f"train.z_loss={t.z_loss}": t.z_loss != 0,
-        "train.skip": t.skip is not None,
+        f"train.recompute={t.recompute}": "norm" in t.recompute.modules,
+        "train.skip.on_stop=rewind": t.skip is not None and t.skip.on_stop != "stop",
         f"train.timeout_s={t.timeout_s:g}": t.timeout_s != 600,
         f"train.memory_check={t.memory_check}": t.memory_check != "warn",
-        "optim.groups": bool(config.optim.groups),
         f"optim.name={config.optim.name}": config.optim.name == "lars",
         f"optim.schedule={config.optim.schedule}": config.optim.schedule == "fccs",
     }
@@ -101,7 +93,7 @@ def _check_model(config: Config) -> None:
         raise ConfigError(f"model.kv_heads={m.kv_heads} must divide model.heads={m.heads}: one of {divisors(m.heads)}")
     if m.head_dim % 2:
         raise ConfigError(f"model.head_dim={m.head_dim} must be even: rotary embedding turns pairs")
-    for name in ("heads", "kv_heads", "ffn_size", "padded_vocab_size"):
+    for name in ("heads", "ffn_size", "padded_vocab_size"):
         size = getattr(m, name)
         if size % tp:
             allowed = [d for d in divisors(size) if d <= 64]
@@ -112,6 +104,76 @@ def _check_model(config: Config) -> None:
         raise ConfigError(
             f"model.padded_vocab_size={m.padded_vocab_size} is less than model.vocab_size={m.vocab_size}: "
             "raise it or leave it out"
+        )
+
+
+def _check_tensor_parallel(config: Config) -> None:
+    p, kv_heads = config.parallel, config.model.kv_heads
+    if kv_heads % p.tp and p.tp % kv_heads:
+        allowed = [n for n in divisors(config.model.heads) if n <= 64 and (kv_heads % n == 0 or n % kv_heads == 0)]
+        raise ConfigError(
+            f"model.kv_heads={kv_heads} cannot be split over parallel.tp={p.tp}, nor shared by the ranks: set parallel.tp to one of "
+            f"{allowed}"
+        )
+    if p.overlap and p.schedule in ("zb", "zbv"):
+        raise ConfigError(
+            f"parallel.overlap=true with parallel.schedule={p.schedule}: a zero-bubble schedule splits the backward pass that overlap "
+            "keeps together; remove the key, or choose 1f1b or interleaved"
+        )
+    if not p.sequence_parallel:
+        return
+    if p.tp == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel=true splits tokens over the ranks of tp, but parallel.tp=1: raise parallel.tp or remove "
+            "the key"
+        )
+    for phase in phases(config):
+        if phase.seq_len % (p.cp * p.tp):
+            raise ConfigError(
+                f"seq_len={phase.seq_len} of the data from step {phase.first_step} on cannot be split over cp·tp = {p.cp}·{p.tp} "
+                f"under parallel.sequence_parallel: set it to a multiple of {p.cp * p.tp}"
+            )
+
+
+def _check_recompute(config: Config) -> None:
+    chosen, layers = config.train.recompute.layers, config.model.layers
+    highest = chosen - 1 if isinstance(chosen, int) else max(chosen or [0])
+    if highest >= layers or (not isinstance(chosen, int) and min(chosen or [0]) < 0):
+        raise ConfigError(
+            f"train.recompute.layers={chosen} names a layer that is not there: the model has {layers}, numbered from 0"
+        )
+    if chosen is not None and not config.train.recompute.modules:
+        raise ConfigError(
+            f"train.recompute.layers={chosen} without modules is without effect: add modules: [full], or some of attention and mlp"
+        )
+
+
+def _check_context(config: Config) -> None:
+    """Each sample is cut in 2·cp chunks, in every stage of the data; heads are spread over cp if attention exchanges them."""
+    p, d = config.parallel, config.data
+    cp = p.cp
+    lengths = {"data.seq_len": d.seq_len}
+    lengths |= {f"data.stages.{i}.seq_len": s.seq_len for i, s in enumerate(d.stages) if s.seq_len is not None}
+    for key, length in lengths.items():
+        if cp > 1 and length % (2 * cp):
+            below = length - length % (2 * cp)
+            raise ConfigError(
+                f"{key}={length} cannot be cut in 2·cp chunks with parallel.cp={cp}: set it to a multiple of {2 * cp}, "
+                f"such as {below or 2 * cp}"
+            )
+    if p.context_attention != "ulysses":
+        return
+    if cp == 1:
+        raise ConfigError(
+            "parallel.context_attention=ulysses says how attention works over cp, but parallel.cp=1: raise parallel.cp or remove "
+            "the key"
+        )
+    heads, kv_heads = config.model.heads // p.tp, max(config.model.kv_heads // p.tp, 1)
+    fitting = [n for n in divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0]
+    if cp not in fitting:
+        raise ConfigError(
+            f"parallel.context_attention=ulysses cannot spread {heads} query and {kv_heads} key/value heads of each tp rank over "
+            f"parallel.cp={cp}: set parallel.cp to one of {fitting} or parallel.context_attention=ring"
         )
 
 
@@ -168,6 +230,77 @@ def _check_fim(config: Config) -> None:
     if fim.ids is not None and (len(set(fim.ids)) < 3 or not all(0 <= i < vocabulary for i in fim.ids)):
         raise ConfigError(
             f"data.fim.ids={list(fim.ids)} must be three different ids below model.vocab_size={vocabulary}"
+        )
+
+
+def _check_pipeline(config: Config, dp: int) -> None:
+    p, m = config.parallel, config.model
+    stages = p.pp * p.virtual_stages
+    if p.pp == 1:
+        for key, asked in {
+            f"schedule={p.schedule}": p.schedule != "1f1b",
+            f"virtual_stages={p.virtual_stages}": p.virtual_stages > 1,
+            "layout": p.layout is not None,
+        }.items():
+            if asked:
+                raise ConfigError(f"parallel.{key} is for pipelines, and parallel.pp=1: set pp above 1 or leave it out")
+        return
+    stages_per_rank = {"1f1b": (1, 1), "interleaved": (2, m.layers + 2), "zb": (1, 2), "zbv": (2, 2)}
+    least, most = stages_per_rank[p.schedule]
+    if not least <= p.virtual_stages <= most:
+        allowed = str(least) if least == most else f"{least} to {most}" if p.schedule == "zb" else f"{least} or more"
+        raise ConfigError(
+            f"parallel.virtual_stages={p.virtual_stages} is not for parallel.schedule={p.schedule}, which takes {allowed}: "
+            "set it so, or choose schedule 1f1b (1), interleaved (2 or more), zb (1 to 2) or zbv (2)"
+        )
+    if m.tie_embeddings:
+        raise ConfigError(
+            f"model.tie_embeddings=true cannot be cut over parallel.pp={p.pp}, as both ends share a matrix: set "
+            "parallel.pp=1, or tie_embeddings=false"
+        )
+    if m.head.kind != "vocab":
+        raise ConfigError(f"model.head.kind={m.head.kind} needs parallel.pp=1, not {p.pp}")
+    if m.layers < stages - 2:
+        raise ConfigError(
+            f"model.layers={m.layers} are too few for {stages} stages (parallel.pp·virtual_stages), of which all but the "
+            f"first and the last hold a layer: at most {m.layers + 2} stages"
+        )
+    _check_layout(p.layout, m.layers, stages)
+    for phase in phases(config):
+        _check_micro_batches(config, phase, dp)
+
+
+def _check_layout(layout: list[int] | None, layers: int, stages: int) -> None:
+    if layout is None:
+        return
+    if len(layout) != stages or sum(layout) != layers or min(layout) < 0:
+        raise ConfigError(
+            f"parallel.layout={layout} must hold {stages} numbers (pp·virtual_stages) with the sum model.layers={layers}, "
+            f"and holds {len(layout)} with the sum {sum(layout)}: set it so, or leave it out for a balanced one"
+        )
+    if 0 in layout[1:-1]:
+        raise ConfigError(
+            f"parallel.layout={layout} leaves stage {layout.index(0, 1)} without a layer: only the first stage, which has "
+            "the embedding, and the last, which has the head, may have none"
+        )
+
+
+def _check_micro_batches(config: Config, phase: Phase, dp: int) -> None:
+    """What torch's schedules ask of the number of micro-batches on each rank."""
+    p, per_pass = config.parallel, phase.micro_batch_size * dp
+    n = phase.global_batch_size // per_pass
+    have = f"data from step {phase.first_step} on: global_batch_size/(micro_batch_size·dp) = {n} micro-batches"
+    if p.schedule == "1f1b" and n < p.pp:
+        raise ConfigError(
+            f"{have} are fewer than parallel.pp={p.pp} stages: raise global_batch_size to at least "
+            f"{p.pp * per_pass} or lower micro_batch_size"
+        )
+    rounds = max(1, n // p.pp)
+    if p.schedule in ("interleaved", "zb") and n % rounds:
+        below, above = n // p.pp * p.pp * per_pass, -(-n // p.pp) * p.pp * per_pass
+        raise ConfigError(
+            f"{have} cannot be dealt in {rounds} equal rounds as parallel.schedule={p.schedule} does with "
+            f"parallel.pp={p.pp}: set global_batch_size to {below} or {above}"
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from opencoder.config import Config, load_config, load_corpus_config, validate
+from opencoder.config_rules import _check_tensor_parallel
 from opencoder.errors import ConfigError
 
 pytestmark = pytest.mark.fast
@@ -65,15 +66,39 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         (["train.samples=100"], 1, "exactly one of"),
         (["train.steps=null", "train.samples=100"], 1, "not a multiple of train.global_batch_size=8"),
         (["model.kv_heads=3"], 1, "must divide model.heads=8"),
+        (
+            ["model.heads=12", "model.head_dim=32", "model.kv_heads=6", "parallel.tp=4"],
+            4,
+            "model.kv_heads=6 cannot be split over parallel.tp=4, nor shared by the ranks: set parallel.tp to one of [1, 2, 3, 6, 12]",
+        ),
         (["model.padded_vocab_size=100"], 1, "less than model.vocab_size=8192"),
         (["data.seq_len=5000"], 1, "longer than model.max_seq_len"),
         (["optim.warmup_steps=60", "optim.decay_steps=60"], 1, "exceed the run's 100 steps"),
         (["optim.min_lr=1"], 1, "above optim.lr"),
         (["model.head_dim=33"], 1, "must be even"),
-        (["parallel.pp=2"], 2, "not available"),
+        (["parallel.sequence_parallel=true"], 1, "raise parallel.tp or remove"),
+        (["parallel.sequence_parallel=true", "parallel.tp=2", "data.seq_len=255"], 2, "set it to a multiple of 2"),
+        (["parallel.layout=[2,2]"], 1, "parallel.layout is for pipelines, and parallel.pp=1"),
+        (["parallel.pp=2", "model.tie_embeddings=true"], 2, "cannot be cut over parallel.pp=2"),
+        (["parallel.pp=8"], 8, "model.layers=4 are too few for 8 stages"),
+        (["parallel.pp=8"], 8, "at most 6 stages"),
+        (["parallel.pp=2", "parallel.layout=[3,2]"], 2, "holds 2 with the sum 5"),
+        (["parallel.pp=2", "parallel.layout=[1,2,1]"], 2, "must hold 2 numbers"),
+        (["parallel.pp=2", "parallel.layout=[5,-1]"], 2, "must hold 2 numbers"),
+        (["parallel.pp=3", "parallel.layout=[2,0,2]"], 3, "leaves stage 1 without a layer"),
+        (["parallel.schedule=zbv"], 1, "parallel.schedule=zbv is for pipelines"),
+        (["parallel.pp=2", "parallel.virtual_stages=2"], 2, "not for parallel.schedule=1f1b, which takes 1:"),
+        (["parallel.pp=2", "parallel.schedule=interleaved"], 2, "schedule=interleaved, which takes 2 or more"),
+        (["parallel.pp=2", "parallel.schedule=zb", "parallel.virtual_stages=3"], 2, "schedule=zb, which takes 1 to 2"),
+        (["parallel.pp=2", "parallel.schedule=zbv"], 2, "parallel.schedule=zbv, which takes 2:"),
+        (
+            ["parallel.pp=2", "parallel.schedule=zb", "train.global_batch_size=7"],
+            2,
+            "= 7 micro-batches cannot be dealt in 3 equal rounds as parallel.schedule=zb does with parallel.pp=2: set "
+            "global_batch_size to 6 or 8",
+        ),
+        (["parallel.pp=4", "train.global_batch_size=6", "train.micro_batch_size=2"], 4, "to at least 8"),
         (["data.kind=sft"], 1, "not available"),
-        (["parallel.context_attention=ulysses"], 1, "parallel.context_attention=ulysses is not available"),
-        (["parallel.overlap=true"], 1, "parallel.overlap is not available"),
         (["data.fim={rate: 0.3}"], 1, "set data.tokenizer, or data.fim.ids"),
         (["data.fim={ids: [1, 2, 8192]}"], 1, "three different ids below model.vocab_size=8192"),
         (["data.fim={ids: [1, 2, 2]}"], 1, "three different ids below model.vocab_size=8192"),
@@ -84,14 +109,28 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         (["data.stages=[{from_step: 100}]"], 1, "beyond the run's 100 steps"),
         (["data.stages=[{from_step: 10, blend: []}]"], 1, "data.stages.0.blend is empty"),
         (["data.stages=[{from_step: 1}]", "train.steps=null", "train.samples=800"], 1, "set train.steps instead"),
-        (["model.init=depth_scaled"], 1, "model.init=depth_scaled is not available"),
-        (["train.recompute=attention"], 1, "train.recompute=attention is not available"),
-        (["train.recompute={modules: [mlp], layers: 2}"], 1, "is not available"),
-        (["train.z_loss=1e-4"], 1, "train.z_loss=0.0001 is not available"),
-        (["train.skip={sigma: 5}"], 1, "train.skip is not available"),
+        (["parallel.context_attention=ulysses"], 1, "but parallel.cp=1: raise parallel.cp or remove the key"),
+        (
+            ["parallel.context_attention=ulysses", "parallel.cp=4", "parallel.tp=4"],
+            16,
+            "cannot spread 2 query and 1 key/value heads of each tp rank over parallel.cp=4: set parallel.cp to one of [1, 2]",
+        ),
+        (
+            ["parallel.cp=3"],
+            3,
+            "data.seq_len=128 cannot be cut in 2·cp chunks with parallel.cp=3: set it to a multiple of 6",
+        ),
+        (["train.skip={on_stop: rewind}"], 1, "train.skip.on_stop=rewind is not available"),
+        (["train.recompute=norm"], 1, "train.recompute=norm is not available"),
+        (
+            ["train.recompute={modules: [mlp], layers: 9}"],
+            1,
+            "layers=9 names a layer that is not there: the model has 4",
+        ),
+        (["train.recompute={modules: [mlp], layers: [1, 8]}"], 1, "layers=[1, 8] names a layer that is not there"),
+        (["train.recompute={layers: 2}"], 1, "without modules is without effect"),
         (["train.timeout_s=60"], 1, "train.timeout_s=60 is not available"),
         (["train.memory_check=refuse"], 1, "train.memory_check=refuse is not available"),
-        (["optim.groups=[{match: '*norm*', lr_scale: 0.5}]"], 1, "optim.groups is not available"),
         (["checkpoint.fork=r", "checkpoint.load=r"], 1, "checkpoint.fork and checkpoint.load are both set"),
     ],
 )
@@ -102,6 +141,13 @@ def test_rules_between_fields(config_file: Path, overrides: list[str], world_siz
 def test_preset_fills_and_explicit_keys_win(config_file: Path) -> None:
     model = load_config(config_file, ["model.preset=opencoder-8b", "model.layers=2"]).model
     assert (model.layers, model.hidden_size, model.kv_heads, model.rope_theta) == (2, 4096, 8, 5e5)
+
+
+@pytest.mark.parametrize("schedule", ["zb", "zbv"])
+def test_overlap_is_refused_where_the_backward_pass_is_split(config_file: Path, schedule: str) -> None:
+    config = load_config(config_file, ["parallel.overlap=true", f"parallel.schedule={schedule}"])
+    with pytest.raises(ConfigError, match=f"schedule={schedule}: a zero-bubble schedule splits"):
+        _check_tensor_parallel(config)
 
 
 def test_recompute_is_a_name_or_a_branch(config_file: Path) -> None:

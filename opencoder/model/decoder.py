@@ -1,24 +1,26 @@
 """The OpenCoder decoder: a Llama-shaped transformer in plain modules, tensor-parallel through its layers alone.
 
+With sequence parallelism the hidden state between attention and MLP, and between parts of the model, is (B, S/tp, M): see
+parallel/collectives.py. Shapes below are those without it.
+
 B batch, S sequence, M width, H query heads, G key/value heads, D head dim, F inner width, V vocabulary; /tp: this
 rank's share. Modules carry the names of the Hugging Face checkpoint, so parameter names are checkpoint keys
 (`key_of`)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from opencoder import kernels as K
-from opencoder.config import ModelConfig, RecomputeConfig
-from opencoder.parallel.collectives import copy_to_group
-from opencoder.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from opencoder.parallel.mesh import Mesh
+from opencoder.config import ModelConfig, ParallelConfig, RecomputeConfig
+from opencoder.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, columns
+from opencoder.parallel.mesh import SINGLE, Group, Mesh, kv_replicas_of
 from opencoder.parallel.placement import place, replicated
 
-from .attend import Context, Documents, Rope, attend
+from .attend import Context, Documents, Rope, attend, context_of, positions_of
 from .heads import VocabHead
 from .recompute import modules_of, recomputed, run
 
@@ -36,13 +38,23 @@ class Part(NamedTuple):
     """Holds the last norm and the head."""
 
 
+class _How(NamedTuple):
+    """How the layers work over the tensor-parallel ranks."""
+
+    tokens_split: bool
+    """Between them each rank has a part of the tokens (sequence parallelism)."""
+    overlap: bool
+    """Their backward pass communicates while it computes."""
+
+
 class RMSNorm(nn.Module):
     """(…, M) → (…, M); with `residual`, adds first and returns the sum too."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, *, tokens_split: bool = False) -> None:
+        """`tokens_split`: this rank sees a part of the tokens only, so that its gradient is a part of the sum."""
         super().__init__()
         self.eps = eps
-        self.weight = place(nn.Parameter(torch.empty(width)), replicated((width,)))
+        self.weight = place(nn.Parameter(torch.empty(width)), replicated((width,), tokens_split=tokens_split))
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         if residual is None:
@@ -53,21 +65,24 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, how: _How) -> None:
         super().__init__()
-        self.head_dim, self.tp = config.head_dim, mesh.tp
-        width, d = config.hidden_size, config.head_dim
-        self.q_proj = ColumnParallelLinear(width, config.heads * d, tp=mesh.tp, copy_input=False)
-        self.k_proj = ColumnParallelLinear(width, config.kv_heads * d, tp=mesh.tp, copy_input=False)
-        self.v_proj = ColumnParallelLinear(width, config.kv_heads * d, tp=mesh.tp, copy_input=False)
-        self.o_proj = RowParallelLinear(config.heads * d, width, tp=mesh.tp)
+        self.head_dim, self.how = config.head_dim, how
+        width, queries, keys = config.hidden_size, config.heads * config.head_dim, config.kv_heads * config.head_dim
+        split: dict[str, Any] = {"tp": mesh.tp, "tokens_split": how.tokens_split}
+        # Fewer key/value heads than ranks: neighbours hold the same one, each for the query heads it has.
+        shards = config.kv_heads if kv_replicas_of(config.kv_heads, mesh.tp.size) > 1 else None
+        self.q_proj = ColumnParallelLinear(width, queries, **split)
+        self.k_proj = ColumnParallelLinear(width, keys, **split, shards=shards)
+        self.v_proj = ColumnParallelLinear(width, keys, **split, shards=shards)
+        self.o_proj = RowParallelLinear(queries, width, **split)
 
     def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
-        b, s, _ = x.shape
-        x = copy_to_group(x, self.tp)  # once for the three projections: one all-reduce in backward
-        q = self.q_proj(x).view(b, s, -1, self.head_dim)  # (B, S, M) -> (B, S, H/tp, D)
-        k = self.k_proj(x).view(b, s, -1, self.head_dim)
-        v = self.v_proj(x).view(b, s, -1, self.head_dim)
+        q, k, v = columns(x, self.q_proj, self.k_proj, self.v_proj, overlap=self.how.overlap)
+        b, s, _ = q.shape
+        q = q.view(b, s, -1, self.head_dim)  # (B, S, H/tp·D) -> (B, S, H/tp, D)
+        k = k.view(b, s, -1, self.head_dim)
+        v = v.view(b, s, -1, self.head_dim)
         q, k = K.rotary(q, k, context.rope.cos, context.rope.sin)
         return self.o_proj(attend(q, k, v, context).reshape(b, s, -1))
 
@@ -76,17 +91,18 @@ class MLP(nn.Module):
     """down(silu(gate(x)) · up(x)). The product in the brackets is not kept for the backward pass but made again: gate and up
     are kept in any case, and it is a third of what the layer would keep."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, *, keep_product: bool) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, how: _How, *, keep_product: bool) -> None:
         """`keep_product` where the whole block is recomputed anyway."""
         super().__init__()
-        self.tp, self.keep_product = mesh.tp, keep_product
-        self.gate_proj = ColumnParallelLinear(config.hidden_size, config.ffn_size, tp=mesh.tp, copy_input=False)
-        self.up_proj = ColumnParallelLinear(config.hidden_size, config.ffn_size, tp=mesh.tp, copy_input=False)
-        self.down_proj = RowParallelLinear(config.ffn_size, config.hidden_size, tp=mesh.tp)
+        self.how, self.keep_product = how, keep_product
+        width, inner = config.hidden_size, config.ffn_size
+        split: dict[str, Any] = {"tp": mesh.tp, "tokens_split": how.tokens_split}
+        self.gate_proj = ColumnParallelLinear(width, inner, **split)
+        self.up_proj = ColumnParallelLinear(width, inner, **split)
+        self.down_proj = RowParallelLinear(inner, width, **split)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = copy_to_group(x, self.tp)
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = columns(x, self.gate_proj, self.up_proj, overlap=self.how.overlap)
         product = K.swiglu(gate, up)
         if self.keep_product:
             return self.down_proj(product)
@@ -97,14 +113,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer, pre-norm. Takes and gives (update, residual): the addition is fused into the next norm."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, *, recompute: frozenset[str] = frozenset()) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, how: _How, *, recompute: frozenset[str] = frozenset()) -> None:
         """`recompute`: which of its modules run again in the backward pass, "full" for all of it."""
         super().__init__()
         self.recompute = recompute
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(config, mesh)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config, mesh, keep_product=bool(recompute & {"full", "mlp"}))
+        width, eps = config.hidden_size, config.norm_eps
+        self.input_layernorm = RMSNorm(width, eps, tokens_split=how.tokens_split)
+        self.self_attn = Attention(config, mesh, how)
+        self.post_attention_layernorm = RMSNorm(width, eps, tokens_split=how.tokens_split)
+        self.mlp = MLP(config, mesh, how, keep_product=bool(recompute & {"full", "mlp"}))
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, context: Context
@@ -129,29 +146,52 @@ class Decoder(nn.Module):
         *,
         recompute: str | RecomputeConfig = "none",
         part: Part | None = None,
+        parallel: ParallelConfig | None = None,
+        z_loss: float = 0.0,
     ) -> None:
-        """`part` None: the whole model. Raises ValueError for one that the model cannot be cut into."""
+        """`part` None: the whole model. Sizes come from `mesh`; `parallel` says how the layers work over it, None: as by
+        default. Raises ValueError for a part that the model cannot be cut into."""
         super().__init__()
-        mesh = mesh or Mesh()
-        self.config = config
+        mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
+        replicas = kv_replicas_of(config.kv_heads, mesh.tp.size)
+        if mesh.kv.size != replicas:
+            raise ValueError(
+                f"{config.kv_heads} key/value heads over tp {mesh.tp.size} stand on {replicas} ranks each, but the mesh was made "
+                f"with kv_replicas={mesh.kv.size}"
+            )
+        split_backward = parallel.schedule in ("zb", "zbv")
+        overlap = not split_backward if parallel.overlap is None else parallel.overlap
+        tokens_split = parallel.sequence_parallel and mesh.tp.size > 1
+        how = _How(tokens_split, overlap)
+        self.tokens_split_over = mesh.tp.size if tokens_split else 1
+        """Ranks that share the tokens of a hidden state."""
+        self.config, self.cp, self.context_attention = config, mesh.cp, parallel.context_attention
         self.part = part = part or Part(range(config.layers), first=True, last=True)
         if config.tie_embeddings and part.first != part.last:
             raise ValueError("a model with tied embeddings cannot be cut: its two ends share a matrix")
         if part.first:
-            self.embed_tokens = VocabParallelEmbedding(config.padded_vocab_size, config.hidden_size, tp=mesh.tp)
+            self.embed_tokens = VocabParallelEmbedding(
+                config.padded_vocab_size, config.hidden_size, tp=mesh.tp, tokens_split=tokens_split
+            )
         again = {i: modules_of(recompute, i) for i in part.layers}
         self.again = {str(i): "full" in modules for i, modules in again.items()}
-        self.layers = nn.ModuleDict({str(i): Block(config, mesh, recompute=again[i]) for i in part.layers})
+        self.layers = nn.ModuleDict({str(i): Block(config, mesh, how, recompute=again[i]) for i in part.layers})
         if part.last:
-            self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps, tokens_split=tokens_split)
             tied = self.embed_tokens.weight if config.tie_embeddings else None
-            self.lm_head = VocabHead(config, mesh, weight=tied)
+            self.lm_head = VocabHead(
+                config, mesh, weight=tied, split_backward=split_backward, tokens_split=tokens_split, z_loss=z_loss
+            )
 
     def hidden(
         self, x: torch.Tensor, documents: Documents | None = None, *, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, S) ids, or the hidden state (B, S, M) of the part before → (B, S, M): after the last norm, or for the next part."""
-        context = Context(rotary_table(self.config, x, documents, positions=positions), documents)
+        b, s = x.shape[:2]
+        if not self.part.first:
+            s *= self.tokens_split_over
+        rope = rotary_table(self.config, (b, s), documents, positions=positions, cp=self.cp, device=x.device)
+        context = context_of(rope, documents, s, self.cp, self.context_attention)
         if self.part.first:
             x = self.embed_tokens(x)
         residual: torch.Tensor | None = None
@@ -181,25 +221,20 @@ class Decoder(nn.Module):
 
 def rotary_table(
     config: ModelConfig,
-    like: torch.Tensor,
+    shape: tuple[int, int],
     documents: Documents | None = None,
     *,
     positions: torch.Tensor | None = None,
+    cp: Group = SINGLE,
+    device: torch.device | None = None,
 ) -> Rope:
-    """Angles p·theta^(−2i/D) in fp32, as in the Hugging Face implementation, for tokens or a hidden state `like` (B, S, …).
+    """Angles p·theta^(−2i/D) in fp32, as in the Hugging Face implementation, for a batch of `shape` (B, S).
 
-    `positions` (S,) or (B, S) say where a token stands in its document; None: as they follow in `like`, restarting with each
-    document."""
-    b, s = like.shape[:2]
-    d, device = config.head_dim, like.device
-    if positions is None and documents is None:
-        positions = torch.arange(s, device=device)
-    elif positions is None and documents is not None:
-        at = torch.arange(b * s, device=device)
-        starts = documents.cu_seqlens.long()
-        document = torch.searchsorted(starts, at, right=True) - 1
-        positions = (at - starts[document]).view(b, s)
-    assert positions is not None
+    `positions` (S,) or (B, S) say where a token stands in its document; None: as they follow, or as `cp` cuts the samples,
+    restarting with each document."""
+    d = config.head_dim
+    if positions is None:
+        positions = positions_of(shape, documents, cp, device=device)
     exponents = torch.arange(0, d, 2, dtype=torch.float32, device=device) / d
     angles = positions[..., None].float() * (1.0 / config.rope_theta**exponents)
     return Rope(angles.cos(), angles.sin())

@@ -9,6 +9,10 @@ import torch
 
 from opencoder.parallel.placement import Placement
 
+StateTensor = tuple[torch.Tensor, Placement] | tuple[torch.Tensor, Placement, tuple[int, int]]
+"""This rank's part and where it lives; with an interval, the part is flat and holds just that piece of what the placement
+gives this rank."""
+
 
 class Optimizer(Protocol):
     """Updates the parameters of this rank. Keys are checkpoint keys.
@@ -19,6 +23,10 @@ class Optimizer(Protocol):
     def fold_gradients(self, keys: Iterable[str] | None = None) -> None:
         """Add the gradients of the last backward to the main gradients; `keys` None: of all parameters. Called after each
         micro-batch, or after each weight-backward of a pipeline stage."""
+
+    def last_backward(self) -> None:
+        """The next backward pass is the last of this step, and each gradient is complete once it has been added to: their
+        sum over the ranks may be started within it. Need not be called."""
 
     def start_reduction(self, keys: Iterable[str]) -> None:
         """The main gradients of these parameters are complete for this step: their sum over the ranks may be started. May be
@@ -33,8 +41,15 @@ class Optimizer(Protocol):
         clipped). Where the boolean `skip`, equal on all ranks, is true, weights and state stay as they are; the step is
         counted all the same, so that the host need not know."""
 
-    def state_tensors(self) -> dict[str, tuple[torch.Tensor, Placement]]:
-        """What a checkpoint must hold beside the weights: `optim.<name>.<key>` → (this rank's part, where it lives)."""
+    def wait_weights(self) -> None:
+        """Until all parameters are those of the last update: to be called before they are read other than by a forward pass."""
+
+    def state_tensors(self) -> dict[str, StateTensor]:
+        """What a checkpoint must hold beside the weights: `optim.<name>.<key>` → (this rank's part, where it lives). Waits for
+        the weights."""
+
+    def state_bytes(self) -> int:
+        """Bytes this rank holds from step to step: weights, main gradients, masters and state."""
 
     def set_step_count(self, step: int) -> None:
         """Tell how many updates the state has seen (AdamW's bias correction), after loading it."""

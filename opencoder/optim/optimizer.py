@@ -6,22 +6,19 @@ many small bf16 numbers would lose its tail."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
-from torch.optim.sgd import sgd
 
-from opencoder import kernels as K
 from opencoder.config import OptimConfig
 from opencoder.parallel.gradients import global_grad_norm, reduce_gradients
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import Placement, placement_of
 
-NO_DECAY_DIMS = 1
-"""Parameters with at most this many dimensions (norms, biases) get no weight decay."""
-STATE_NAMES = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-"""State tensors of each parameter, by the name of the optimizer."""
+from .base import StateTensor
+from .update import STATE_NAMES, Piece, Settings, clip_factor, settings_of, update
 
 
 class ReplicatedOptimizer:
@@ -31,6 +28,9 @@ class ReplicatedOptimizer:
         self.config, self.mesh = config, mesh
         self.parameters = dict(parameters)
         self.placements = {key: placement_of(p) for key, p in self.parameters.items()}
+        self._groups: dict[Settings, list[str]] = defaultdict(list)
+        for key, placement in self.placements.items():
+            self._groups[settings_of(key, placement, config)].append(key)
         self.masters: dict[str, torch.Tensor] = {}
         for key, p in self.parameters.items():
             wide = p.dtype in (torch.float32, torch.float64)
@@ -62,8 +62,11 @@ class ReplicatedOptimizer:
             raise RuntimeError(f"no gradient for {', '.join(missing[:3])}: the backward pass did not reach it")
         return [(m.grad, self.placements[key]) for key, m in self.masters.items() if m.grad is not None]
 
+    def last_backward(self) -> None:
+        """Nothing: all gradients are reduced together in `finish_reduction`."""
+
     def start_reduction(self, keys: Iterable[str]) -> None:
-        """Nothing yet: all gradients are reduced together in `finish_reduction`."""
+        """Nothing: all gradients are reduced together in `finish_reduction`."""
 
     def finish_reduction(self) -> torch.Tensor:
         """Sum gradients over the axes of their placements; returns the global gradient norm before clipping, 0-dim."""
@@ -76,85 +79,38 @@ class ReplicatedOptimizer:
         """Clip by the global norm, update, drop the gradients. Returns the clip factor, 0-dim (1: not clipped)."""
         if self._norm is None:
             raise RuntimeError("step() before finish_reduction(): the gradients are not those of all ranks yet")
-        clip = torch.ones_like(self._norm)
-        if self.config.clip_norm is not None:
-            clip = (self.config.clip_norm / (self._norm + 1e-6)).clamp(max=1.0)
+        clip = clip_factor(self._norm, self.config)
         self._norm = None
         self.steps += 1
-        decay = [key for key, m in self.masters.items() if m.dim() > NO_DECAY_DIMS]
-        plain = [key for key, m in self.masters.items() if m.dim() <= NO_DECAY_DIMS]
-        for keys, weight_decay in ((decay, self.config.weight_decay), (plain, 0.0)):
-            if keys:
-                update = self._adamw if self.config.name == "adamw" else self._sgd
-                update(keys, lr, weight_decay, clip if self.config.clip_norm is not None else None, skip)
+        factor = clip if self.config.clip_norm is not None else None
+        for settings, keys in self._groups.items():
+            pieces = [self._piece(key) for key in keys]
+            update(pieces, settings, self.config, step=self.steps, lr=lr, clip=factor, skip=skip)
         for master in self.masters.values():
             master.grad = None
         return clip
 
-    def _adamw(
-        self,
-        keys: list[str],
-        lr: float,
-        weight_decay: float,
-        clip: torch.Tensor | None,
-        skip: torch.Tensor | None,
-    ) -> None:
-        """The clip factor is applied on the way, so that gradients are read once and not written."""
-        masters = [self.masters[key] for key in keys]
-        params = [self.parameters[key] for key in keys]
-        narrow = any(p is not m for p, m in zip(params, masters, strict=True))
-        first, second = ([self.state[key][name] for key in keys] for name in STATE_NAMES["adamw"])
-        c = self.config
-        K.adamw_step(
-            params,
-            self._grads(masters),
-            first,
-            second,
-            masters if narrow else None,
-            step=self.steps,
-            lr=lr,
-            betas=c.betas,
-            eps=c.eps,
-            weight_decay=weight_decay,
-            clip_coef=clip,
-            skip=skip,
-        )
+    def _piece(self, key: str) -> Piece:
+        master = self.masters[key]
+        assert master.grad is not None, key
+        return Piece(self.parameters[key], master, master.grad, self.state[key])
 
-    @torch.no_grad()
-    def _sgd(
-        self,
-        keys: list[str],
-        lr: float,
-        weight_decay: float,
-        clip: torch.Tensor | None,
-        skip: torch.Tensor | None,
-    ) -> None:
-        masters = [self.masters[key] for key in keys]
-        grads = self._grads(masters)
-        if clip is not None:
-            torch._foreach_mul_(grads, clip.to(grads[0].dtype))
-        buffers: list[torch.Tensor | None] = [self.state[key]["momentum_buffer"] for key in keys]
-        changed = [*masters, *(b for b in buffers if b is not None)]
-        before = None if skip is None else [t.clone() for t in changed]
-        momentum = self.config.momentum
-        sgd(
-            masters, grads, buffers, foreach=True, weight_decay=weight_decay, momentum=momentum, lr=lr, dampening=0.0,
-            nesterov=False, maximize=False,
-        )  # fmt: skip
-        if skip is not None and before is not None:
-            for tensor, old in zip(changed, before, strict=True):
-                tensor.copy_(torch.where(skip, old, tensor))
-        for key in keys:
-            if self.masters[key] is not self.parameters[key]:
-                self.parameters[key].copy_(self.masters[key])
+    def wait_weights(self) -> None:
+        """Nothing: every rank has updated all of them."""
 
-    @staticmethod
-    def _grads(masters: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [m.grad for m in masters if m.grad is not None]
+    def state_bytes(self) -> int:
+        """Bytes of weights, main gradients, masters and state, the gradients counted as they are during a step."""
+        tensors = [
+            *self.parameters.values(),
+            *self.masters.values(),  # as many bytes as their gradients
+            *(m for key, m in self.masters.items() if m is not self.parameters[key]),
+            *(tensor for state in self.state.values() for tensor in state.values()),
+        ]
+        return sum(t.nbytes for t in tensors)
 
-    def state_tensors(self) -> dict[str, tuple[torch.Tensor, Placement]]:
+    def state_tensors(self) -> dict[str, StateTensor]:
         """What a checkpoint must hold beside the weights: `optim.<name>.<key>` → (local tensor, placement)."""
-        tensors = {}
+        tensors: dict[str, StateTensor] = {}
         for key, master in self.masters.items():
             placement = self.placements[key]
             for name, tensor in self.state[key].items():

@@ -1,10 +1,11 @@
 """Cross entropy over a vocabulary split over ranks: two kernels with the collective between them.
 
-T tokens, M width, V/tp this rank's rows of the output matrix."""
+T tokens, M width, V/tp this rank's rows of the output matrix. `z_loss` c adds c·lse² of every unmasked token to what is
+differentiated (lse: log-sum-exp of its logits), which keeps the logits from drifting; the value stays the cross entropy, which
+is what runs are compared by."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,25 +33,27 @@ def _combined(
 
 
 def vocab_parallel_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, *, vocab_start: int = 0, group: Group = SINGLE
+    logits: torch.Tensor, targets: torch.Tensor, *, vocab_start: int = 0, group: Group = SINGLE, z_loss: float = 0.0
 ) -> torch.Tensor:
     """Token losses (T,) from this rank's logits (T, V/tp); 0 where the target is −100. Differentiable in `logits`."""
-    return _CrossEntropy.apply(logits, targets, vocab_start, group)
+    return _CrossEntropy.apply(logits, targets, vocab_start, group, z_loss)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, vocab_start: int, group: Group) -> torch.Tensor:
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, vocab_start: int, group: Group, z_loss: float
+    ) -> torch.Tensor:
         lse, target_logit = _combined(*K.ce_stats(logits, targets, vocab_start), group=group)
         ctx.save_for_backward(logits, targets, lse)
-        ctx.vocab_start = vocab_start
+        ctx.vocab_start, ctx.z_loss = vocab_start, z_loss
         return (lse - target_logit).masked_fill(targets == IGNORE, 0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         logits, targets, lse = ctx.saved_tensors
-        return K.ce_grad(logits, targets, lse, grad, ctx.vocab_start), None, None, None
+        return K.ce_grad(logits, targets, lse, grad, ctx.vocab_start, z_loss=ctx.z_loss), None, None, None, None
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -61,18 +64,31 @@ def vocab_parallel_linear_cross_entropy(
     vocab_start: int = 0,
     group: Group = SINGLE,
     chunk_tokens: int | None = None,
+    z_loss: float = 0.0,
 ) -> torch.Tensor:
     """Sum of token losses, 0-dim, of logits = hidden (T, M) · weight (V/tp, M)ᵀ that never exist whole.
 
     `hidden` must be equal on all ranks of `group` and pass through `copy_to_group` before: its gradient here is this
     rank's partial sum."""
-    combine = None if group.size == 1 else partial(_combined, group=group)
-    return K.linear_cross_entropy(
+    lse_of_chunks: list[torch.Tensor] = []
+
+    def combine(*statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        lse, target_logit = _combined(*statistics, group=group)
+        if z_loss:
+            lse_of_chunks.append(lse)
+        return lse, target_logit
+
+    total: torch.Tensor = K.linear_cross_entropy(
         hidden,
         weight,
         targets,
         reduction="sum",
         vocab_start=vocab_start,
-        combine=combine,
+        combine=combine if group.size > 1 or z_loss else None,
         chunk_tokens=chunk_tokens,
+        z_loss=z_loss,
     )
+    if not lse_of_chunks:
+        return total
+    squares = torch.cat(lse_of_chunks) ** 2
+    return total - z_loss * squares.masked_fill(targets == IGNORE, 0).sum()

@@ -9,7 +9,7 @@ import torch
 
 from .group import SINGLE, DeviceMesh, Group, Records, new_group, torch_mesh, world_group
 
-__all__ = ["AXES", "SINGLE", "Group", "Mesh", "create_mesh", "pretend_mesh"]
+__all__ = ["AXES", "SINGLE", "Group", "Mesh", "create_mesh", "kv_replicas_of", "pretend_mesh"]
 
 AXES = ("pp", "dp", "cp", "tp")
 PARTS = ("kv", "embed")
@@ -61,6 +61,11 @@ class Mesh:
     def describe(self) -> str:
         """For example `pp 1 × dp 2 × cp 1 × tp 2`."""
         return " × ".join(f"{name} {self.axis(name).size}" for name in AXES)
+
+
+def kv_replicas_of(kv_heads: int, tp: int) -> int:
+    """How many neighbours in tp hold the same key/value heads: 1 where there are enough heads for all."""
+    return max(1, tp // kv_heads)
 
 
 def create_mesh(

@@ -107,9 +107,10 @@ def sharded(global_shape: tuple[int, ...], shard_dim: int, axis: str = "tp", *, 
     return Placement(global_shape, shard_dim, axis, replicated_over=data, grad_sum_axes=(*data, "kv"), shards=shards)
 
 
-def replicated(global_shape: tuple[int, ...]) -> Placement:
-    """The same on every rank of a pipeline stage."""
-    return Placement(global_shape)
+def replicated(global_shape: tuple[int, ...], *, tokens_split: bool = False) -> Placement:
+    """The same on every rank of a pipeline stage. `tokens_split`: each rank of tp has seen a part of the tokens (sequence
+    parallelism), so that its gradient is a part of the sum there too."""
+    return Placement(global_shape, grad_sum_axes=("dp", "cp", "tp") if tokens_split else ("dp", "cp"))
 
 
 def place(parameter: torch.nn.Parameter, placement: Placement) -> torch.nn.Parameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -154,7 +155,8 @@ def _index_cache(folder: str | None) -> IndexCache:
 
 
 def validation_loader(config: Config, mesh: Mesh) -> BatchLoader | None:
-    """The evaluation samples, one micro-batch per rank at a time; None if the configuration asks for no evaluation."""
+    """The evaluation samples, a few micro-batches at a time: one on each rank, or as many as fill a pipeline, if that
+    comes out even. None if the configuration asks for no evaluation."""
     if config.train.eval_every is None:
         return None
     per_pass = config.train.micro_batch_size * mesh.dp.size
@@ -173,7 +175,7 @@ def validation_loader(config: Config, mesh: Mesh) -> BatchLoader | None:
     )
     return BatchLoader(
         dataset,
-        global_batch_size=per_pass,
+        global_batch_size=per_pass * math.gcd(size // per_pass, mesh.pp.size),
         end_sample=size,
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=mesh.dp.rank,

@@ -13,7 +13,7 @@ import torch
 from opencoder.config import Config, TrainConfig
 from opencoder.errors import ConfigError
 from opencoder.parallel.group import start_processes, stop_processes
-from opencoder.parallel.mesh import Mesh, create_mesh
+from opencoder.parallel.mesh import Mesh, create_mesh, kv_replicas_of
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 TIMEOUT_S = 600
@@ -50,8 +50,12 @@ def environment(config: Config) -> Iterator[tuple[Mesh, torch.device]]:
     if world_size() > 1:
         start_processes(device.type, timeout_s=TIMEOUT_S)
     try:
-        p = config.parallel
-        yield create_mesh(tp=p.tp, pp=p.pp, cp=p.cp, device_type=device.type, timeout_s=TIMEOUT_S), device
+        p, timeout_s = config.parallel, TIMEOUT_S
+        replicas = kv_replicas_of(config.model.kv_heads, p.tp)
+        yield (
+            create_mesh(tp=p.tp, pp=p.pp, cp=p.cp, kv_replicas=replicas, device_type=device.type, timeout_s=timeout_s),
+            device,
+        )
     finally:
         stop_processes()
 

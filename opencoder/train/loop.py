@@ -20,19 +20,20 @@ from opencoder.console import ProgressBar
 from opencoder.data.loader import BatchLoader, MicroBatch
 from opencoder.errors import ConfigError, Failure
 from opencoder.files import write_text
-from opencoder.model.decoder import named_parameters
+from opencoder.model.decoder import Decoder, Part, named_parameters, parameter_count
 from opencoder.model.initialise import build_model
 from opencoder.optim.base import Optimizer
-from opencoder.optim.optimizer import ReplicatedOptimizer
+from opencoder.optim.build import build_optimizer
 from opencoder.optim.schedule import lr_at
 from opencoder.parallel.mesh import Mesh
-from opencoder.parallel.placement import placement_of
 
 from .data import TrainingData, validation_loader
 from .environment import DTYPES
 from .metrics import MFU_CONVENTION, MetricsLog, flops_per_token, measure_gemm_tflops, peak_memory_gib
+from .pipeline_runner import Chunks, PipelineRunner, build_chunks, models_of
 from .preflight import check_inputs
 from .signals import Asked, Signals
+from .skipping import Skipping
 from .stages import Stage
 from .state import restore, tensors_of
 from .step import TrainStep
@@ -50,26 +51,59 @@ class Trainer:
         self.first_rank = mesh.world.rank == 0
         self.dtype = DTYPES[config.train.precision]
         t = config.train
-        self.model = build_model(
-            config.model, mesh, dtype=self.dtype, device=device, seed=t.seed, recompute=t.recompute
+        self.model = self._build()
+        self.optimizer: Optimizer = build_optimizer(
+            named_parameters(self.model),
+            config.optim,
+            mesh,
+            sharded=config.parallel.sharded_optimizer,
+            modules=models_of(self.model),
         )
-        self.optimizer: Optimizer = ReplicatedOptimizer(named_parameters(self.model), config.optim, mesh)
         self.saver = Saver(self.run_dir, config.checkpoint, mesh, timeout_s=t.timeout_s, say=self._say)
         self.save_wait_s = 0.0
         """Seconds that training has waited for checkpoints since the last row of metrics."""
         self.state = restore(config, self.model, self.optimizer, mesh, say=self._say)
-        self.train_step = TrainStep(self.model, self.optimizer, mesh, device=device, guard=self._stop_if_not_finite)
+        self.skipping = Skipping(config, self.state, mesh, device) if t.skip is not None else None
+        guard = self._stop_if_not_finite if self.skipping is None else self.skipping.guard
+        runner = None
+        if isinstance(self.model, Chunks):
+            again = bool(t.recompute.modules)
+            runner = PipelineRunner(self.model, self.optimizer, mesh, config.parallel, device=device, recompute=again)
+        self.train_step = TrainStep(self.model, self.optimizer, mesh, device=device, runner=runner, guard=guard)
         self.total_steps = t.total_steps()
         self.stage: Stage | None = None
         self.data = TrainingData(config, self.state.stages, mesh, step=self.state.step)
         self.validation = validation_loader(config, mesh)
-        self.parameters = sum(math.prod(placement_of(p).global_shape) for p in self.model.parameters())
+        self.parameters = parameter_count(config.model)
+
+    def _build(self) -> Decoder | Chunks:
+        """The model, or the stages of it that this rank holds."""
+        c = self.config
+
+        def build(part: Part | None = None) -> Decoder:
+            return build_model(
+                c.model,
+                self.mesh,
+                dtype=self.dtype,
+                device=self.device,
+                seed=c.train.seed,
+                recompute=c.train.recompute,
+                part=part,
+                parallel=c.parallel,
+                z_loss=c.train.z_loss,
+            )
+
+        if self.mesh.pp.size == 1:
+            return build()
+        return build_chunks(c.model, c.parallel, self.mesh, seq_len=c.data.seq_len, build=build)
 
     def save(self) -> None:
         """Write a checkpoint of the current step unless there is one."""
         state = self.state
         if state.saved_step == state.step:
             return
+        if self.skipping is not None:
+            state.guard = self.skipping.guard.state()
         tokenizer = self.config.data.tokenizer
         self.save_wait_s += self.saver.save(
             state.step,
@@ -107,6 +141,8 @@ class Trainer:
                         metrics.write(row)
                         bar.advance(1, postfix=f"loss {row['loss']:.4f}")
                         self._print_row(row)
+                    if self.skipping is not None:
+                        self.skipping.stop_if_too_many()
                     if self._save_if_due(signals.agree(self.mesh.world, self.device, failed=self.saver.failed)):
                         self.saver.wait()
                         self._say(f"stopped at step {self.state.step} as asked; the same command goes on from here")
@@ -156,14 +192,19 @@ class Trainer:
         state.tokens += seq_len * samples
         row: dict[str, Any] = {"step": state.step, "loss": float(result.loss), "grad_norm": float(result.grad_norm)}
         row |= {"lr": lr, "tokens": state.tokens}
+        if self.skipping is not None:
+            row["skipped"] = self.skipping.note(result)
         every = self.config.train.eval_every
         step_s = time.perf_counter() - start
         if self.validation is not None and (state.step == self.total_steps or state.step % (every or 1) == 0):
             row["valid_loss"] = self.evaluate(self.validation)
-        worst = torch.tensor([step_s, data_wait_s, peak_memory_gib(self.device)], dtype=torch.float64)
+        communicated = self.mesh.records.take()
+        waits = [step_s, data_wait_s, peak_memory_gib(self.device), communicated.blocked_s]
+        worst = torch.tensor(waits, dtype=torch.float64)
         worst = self.mesh.world.all_reduce(worst.to(self.device), "max")
         row["save_wait_s"], self.save_wait_s = self.save_wait_s, 0.0
-        row["step_s"], row["data_wait_s"], row["mem_gib"] = worst.tolist()
+        row["step_s"], row["data_wait_s"], row["mem_gib"], blocked_s = worst.tolist()
+        row |= {"comm_bytes": communicated.bytes, "comm_wait_s": blocked_s if self.device.type == "cpu" else None}
         row["tokens_per_s"] = seq_len * samples / row["step_s"]
         flops = flops_per_token(self.config.model, self.parameters, seq_len) * row["tokens_per_s"]
         row["mfu"] = flops / (peak_tflops * 1e12 * self.mesh.world.size)
@@ -197,9 +238,10 @@ class Trainer:
         self._say(K.chosen(self.device.type))
 
     def _print_row(self, row: dict[str, Any]) -> None:
-        if row["step"] % self.config.log.every and "valid_loss" not in row:
+        if row["step"] % self.config.log.every and "valid_loss" not in row and not row.get("skipped"):
             return
         tail = f"  valid_loss {row['valid_loss']:.4f}" if "valid_loss" in row else ""
+        tail += "  skipped" if row.get("skipped") else ""
         print(
             f"step {row['step']}/{self.total_steps}  loss {row['loss']:.4f}  grad_norm {row['grad_norm']:.3f}  "
             f"lr {row['lr']:.2e}  {row['tokens_per_s']:.0f} tokens/s  mfu {row['mfu']:.1%}  "

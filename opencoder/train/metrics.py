@@ -7,6 +7,7 @@ matrix product measured at start in the training precision, so on a CPU it is a 
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -74,7 +75,9 @@ class MetricsLog:
         self.wandb = _start_wandb(run_dir, settings) if config.wandb else None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append `row` (it has `step`) and flush it: after a kill at most the step under way is missing."""
+        """Append `row` (it has `step`) and flush it: after a kill at most the step under way is missing. Numbers that are not
+        finite become null: JSON has none."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if row["step"] % self.every == 0 or "valid_loss" in row:

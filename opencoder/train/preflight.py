@@ -8,12 +8,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from opencoder.config import Config
 from opencoder.errors import ConfigError, DataError
+from opencoder.model.decoder import Decoder, named_parameters
+from opencoder.optim.update import check_groups
 
 
 def check_inputs(config: Config) -> None:
-    """Compare the tokenizer folder, every dataset's PREFIX.json and the model. Raises ConfigError or DataError."""
+    """Compare the tokenizer folder, every dataset's PREFIX.json, optim.groups and the model. Raises ConfigError or
+    DataError."""
+    if config.optim.groups:
+        with torch.device("meta"):
+            check_groups(config.optim, named_parameters(Decoder(config.model)))
     tokenizer = _tokenizer_facts(config.data.tokenizer) if config.data.tokenizer else None
     if tokenizer and tokenizer["size"] > config.model.vocab_size:
         raise ConfigError(

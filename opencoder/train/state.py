@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from opencoder.checkpoint import folders, hf, native
 from opencoder.checkpoint.parts import Tensors
 from opencoder.checkpoint.together import together
 from opencoder.config import Config
 from opencoder.errors import ConfigError
-from opencoder.model.decoder import Decoder, named_parameters
+from opencoder.model.decoder import named_parameters
 from opencoder.optim.base import Optimizer
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import placement_of
@@ -36,6 +38,17 @@ class RunState:
 
     forked_from: str | None = None
     """The checkpoint of another run that this one began with (`checkpoint.fork`), as configured."""
+    skipped: list[int] = field(default_factory=list)
+    """Steps, from 1, whose update was left out."""
+    guard: dict[str, Any] | None = None
+    """What the guard remembers, as of the newest checkpoint."""
+
+    def skipped_in_a_row(self) -> int:
+        """Steps up to the newest whose update was left out."""
+        n = 0
+        while n < len(self.skipped) and self.skipped[-1 - n] == self.step - n:
+            n += 1
+        return n
 
     def for_checkpoint(self) -> dict[str, Any]:
         """What stands in the checkpoint's state.json beside the step."""
@@ -43,23 +56,25 @@ class RunState:
             "tokens": self.tokens,
             "consumed_samples": consumed_samples(self.stages, self.step),
             "stages": [stage.record() for stage in self.stages],
-            "skipped_batches": [],
+            "skipped_batches": list(self.skipped),
+            "guard": self.guard,
             "forked_from": self.forked_from,
         }
 
 
-def weights_of(model: Decoder) -> Tensors:
+def weights_of(model: nn.Module) -> Tensors:
     """The model's part of a checkpoint."""
     return {key: (p, placement_of(p)) for key, p in named_parameters(model).items()}
 
 
-def tensors_of(model: Decoder, optimizer: Optimizer) -> Tensors:
-    """Every tensor of a checkpoint."""
+def tensors_of(model: nn.Module, optimizer: Optimizer) -> Tensors:
+    """Every tensor of a checkpoint, its weights those of the last update."""
+    optimizer.wait_weights()
     return {**weights_of(model), **optimizer.state_tensors()}
 
 
 def restore(
-    config: Config, model: Decoder, optimizer: Optimizer, mesh: Mesh, *, say: Callable[[str], None]
+    config: Config, model: nn.Module, optimizer: Optimizer, mesh: Mesh, *, say: Callable[[str], None]
 ) -> RunState:
     """Resume from the run's newest checkpoint, or start new: with the whole state of `checkpoint.fork`, or the weights of
     `checkpoint.load`, if given.
@@ -95,7 +110,15 @@ def restore(
     native.load_tensors(found, tensors_of(model, optimizer), mesh, checked=True)
     optimizer.set_step_count(step)
     say(f"{'resumed' if own else 'forked'} from {found} at step {step}")
-    return RunState(step, saved["tokens"], stages, saved_step=step if own else None, forked_from=forked_from)
+    return RunState(
+        step,
+        saved["tokens"],
+        stages,
+        saved_step=step if own else None,
+        forked_from=forked_from,
+        skipped=saved.get("skipped_batches", []),
+        guard=saved.get("guard"),
+    )
 
 
 def _source(fork: str, mesh: Mesh) -> Path:
@@ -107,7 +130,7 @@ def _source(fork: str, mesh: Mesh) -> Path:
     return source
 
 
-def _load_weights(source: str, model: Decoder, mesh: Mesh) -> None:
+def _load_weights(source: str, model: nn.Module, mesh: Mesh) -> None:
     if hf.is_hf_folder(Path(source)):
         hf.load_weights(Path(source), weights_of(model), mesh)
     else:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 from opencoder.data.loader import MicroBatch
 from opencoder.model.decoder import Decoder, Documents
 from opencoder.optim.base import Optimizer
+from opencoder.parallel.context import split_sequence
 from opencoder.parallel.mesh import Mesh
 
 Guard = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
@@ -35,8 +37,19 @@ class StepResult(NamedTuple):
     """What the guard said."""
 
 
+def inputs_of(mb: MicroBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:
+    """Tokens, labels and document bounds of a micro-batch on the device."""
+    documents = None
+    if mb.cu_seqlens is not None and mb.max_seqlen is not None:
+        documents = Documents(mb.cu_seqlens.to(device), mb.max_seqlen)
+    return mb.tokens.to(device), mb.labels.to(device), documents
+
+
 class Runner(Protocol):
     """Takes the micro-batches of this rank through the model."""
+
+    def begin_step(self, targets_of_all_micro_batches: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Unmasked targets of the step over all ranks, 0-dim, as the head counts them."""
 
     def run(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor) -> torch.Tensor:
         """Forward and backward of all: the gradients of (sum of token losses / `count`) are folded into the optimizer's.
@@ -52,11 +65,17 @@ class SequentialRunner:
     def __init__(self, model: Decoder, optimizer: Optimizer, device: torch.device) -> None:
         self.model, self.optimizer, self.device = model, optimizer, device
 
+    def begin_step(self, targets_of_all_micro_batches: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The head's count."""
+        return self.model.lm_head.begin_step(targets_of_all_micro_batches)
+
     def run(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor) -> torch.Tensor:
         """Forward, backward and fold for each."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for mb in micro_batches:
+        for i, mb in enumerate(micro_batches):
             loss_sum = self._loss(mb)
+            if i == len(micro_batches) - 1:
+                self.optimizer.last_backward()
             (loss_sum / count).backward()
             self.optimizer.fold_gradients()
             total += loss_sum.detach()
@@ -71,10 +90,7 @@ class SequentialRunner:
         return total
 
     def _loss(self, mb: MicroBatch) -> torch.Tensor:
-        documents = None
-        if mb.cu_seqlens is not None and mb.max_seqlen is not None:
-            documents = Documents(mb.cu_seqlens.to(self.device), mb.max_seqlen)
-        return self.model.loss(mb.tokens.to(self.device), mb.labels.to(self.device), documents)[0]
+        return self.model.loss(*inputs_of(mb, self.device))[0]
 
 
 class TrainStep:
@@ -82,7 +98,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: Decoder,
+        model: nn.Module,
         optimizer: Optimizer,
         mesh: Mesh,
         *,
@@ -90,13 +106,17 @@ class TrainStep:
         runner: Runner | None = None,
         guard: Guard | None = None,
     ) -> None:
-        """`runner` None: micro-batches one after another."""
+        """`runner` None: micro-batches one after another through the whole model, a Decoder."""
         self.model, self.optimizer, self.mesh, self.device, self.guard = model, optimizer, mesh, device, guard
-        self.runner: Runner = runner or SequentialRunner(model, optimizer, device)
+        if runner is None:
+            assert isinstance(model, Decoder), type(model)
+            runner = SequentialRunner(model, optimizer, device)
+        self.runner: Runner = runner
 
     def update(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> StepResult:
-        """One optimizer update on this rank's share of a global batch."""
+        """One optimizer update on this rank's share of a global batch: whole samples, which are cut over cp here."""
         self.model.train()
+        micro_batches = self._cut(micro_batches)
         count = self._count(micro_batches)
         total = self.runner.run(micro_batches, count)
         grad_norm = self.optimizer.finish_reduction()
@@ -110,15 +130,23 @@ class TrainStep:
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = torch.zeros((), dtype=torch.int64, device=self.device)
-        for micro_batches in batches:
-            labels = [mb.labels.to(self.device) for mb in micro_batches]
-            count += self.model.lm_head.begin_step(labels)
+        for batch in batches:
+            micro_batches = self._cut(batch)
+            count += self.runner.begin_step(mb.labels.to(self.device) for mb in micro_batches)
             total += self.runner.evaluate(micro_batches)
         return self._summed(total) / count.clamp(min=1)
 
+    def _cut(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """This rank's tokens and labels of each sample. The document bounds stay those of whole samples."""
+        cp = self.mesh.cp
+        return [
+            mb._replace(tokens=split_sequence(mb.tokens, cp), labels=split_sequence(mb.labels, cp))
+            for mb in micro_batches
+        ]
+
     def _count(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Unmasked targets over all ranks, at least 1."""
-        return self.model.lm_head.begin_step(mb.labels.to(self.device) for mb in micro_batches).clamp(min=1)
+        return self.runner.begin_step(mb.labels.to(self.device) for mb in micro_batches).clamp(min=1)
 
     def _summed(self, total: torch.Tensor) -> torch.Tensor:
         return self.mesh.group(("dp", "cp")).all_reduce(total)

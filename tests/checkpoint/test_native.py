@@ -16,7 +16,7 @@ from opencoder.errors import DataError, Failure
 from opencoder.model.decoder import named_parameters
 from opencoder.model.initialise import build_model
 from opencoder.optim.optimizer import ReplicatedOptimizer
-from opencoder.parallel.mesh import create_mesh
+from opencoder.parallel.mesh import create_mesh, kv_replicas_of
 from opencoder.parallel.placement import placement_of
 from tests.harness import RankError, run_ranks
 from tests.model.cases import SMALL, batch, model_config
@@ -25,8 +25,8 @@ STATE = {"tokens": 0, "consumed_samples": 0, "stages": [], "skipped_batches": []
 
 
 def build(tp: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, Any, Any]:
-    mesh = create_mesh(tp=tp)
     config = model_config(SMALL)
+    mesh = create_mesh(tp=tp, kv_replicas=kv_replicas_of(config.kv_heads, tp))
     model = build_model(config, mesh, dtype=dtype, device=torch.device("cpu"), seed=seed)
     optimizer = ReplicatedOptimizer(named_parameters(model), OptimConfig(), mesh)
     weights = {k: (p, placement_of(p)) for k, p in named_parameters(model).items()}
@@ -52,7 +52,10 @@ def load_whole(rank: int, world: int, tp: int, folder: str, dtype: torch.dtype =
     return {key: (t.detach().clone(), p.slice_of(mesh)) for key, (t, p) in tensors.items()}
 
 
-@pytest.mark.parametrize(("saved_at", "loaded_at"), [((1, 1), (2, 2)), ((2, 2), (1, 1)), ((4, 2), (2, 1))])
+@pytest.mark.parametrize(
+    ("saved_at", "loaded_at"),
+    [((1, 1), (2, 2)), ((2, 2), (1, 1)), ((4, 2), (2, 1)), ((4, 4), (2, 2)), ((1, 1), (4, 4))],
+)
 def test_weights_and_optimizer_state_load_at_another_layout(
     saved_at: tuple[int, int], loaded_at: tuple[int, int], tmp_path: Path
 ) -> None:

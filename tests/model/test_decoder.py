@@ -12,7 +12,7 @@ from opencoder.config import PRESETS, RecomputeConfig
 from opencoder.model.decoder import Decoder, Documents, Part, named_parameters, parameter_count
 from opencoder.model.initialise import build_model
 from opencoder.model.recompute import MODULES, modules_of
-from opencoder.parallel.mesh import Mesh
+from opencoder.parallel.mesh import Mesh, pretend_mesh
 from opencoder.parallel.placement import placement_of
 
 from .cases import batch, model_config
@@ -147,6 +147,11 @@ def test_a_tied_model_is_not_cut() -> None:
         Decoder(model_config(tie_embeddings=True), part=Part(range(1), True, False))
 
 
+def test_a_mesh_that_does_not_share_key_value_heads_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"2 key/value heads over tp 4 stand on 2 ranks each, but .* kv_replicas=1"):
+        Decoder(model_config(), pretend_mesh(world_size=4, tp=4))
+
+
 def test_given_positions_are_used() -> None:
     model, (tokens, _) = small(), batch(250, 2, 16)
     usual = model(tokens)
@@ -176,3 +181,10 @@ def test_same_seed_same_weights_other_seed_other_weights() -> None:
     for key, p in named_parameters(a).items():
         assert torch.equal(p, named_parameters(b)[key])
         assert p.dim() == 1 or not torch.equal(p, named_parameters(c)[key])
+
+
+def test_depth_scaling_makes_the_matrices_into_the_residual_stream_smaller() -> None:
+    for key, p in named_parameters(small(layers=8, init="depth_scaled")).items():
+        if p.dim() > 1:
+            scaled = "o_proj" in key or "down_proj" in key
+            assert float(p.detach().std() / (0.02 / 4 if scaled else 0.02)) == pytest.approx(1, abs=0.05), key

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from opencoder.config import OptimConfig
+from opencoder.errors import ConfigError
 from opencoder.optim.optimizer import ReplicatedOptimizer
+from opencoder.optim.update import check_groups
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import place, replicated
 
@@ -73,6 +75,55 @@ def test_16_bit_parameters_follow_their_fp32_masters(name: str) -> None:
     for key, p in narrow.items():
         assert torch.equal(optimizers[0].masters[key], wide[key])
         assert torch.equal(p, wide[key].bfloat16())
+
+
+GROUPS = [
+    {"match": "*.up_proj.*", "lr_scale": 0.5, "weight_decay": 0.0},
+    {"match": "*.mlp.*", "lr_scale": 3.0},
+    {"match": "*norm.weight", "weight_decay": 0.3},
+]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_groups_equal_those_of_torch(name: str) -> None:
+    config = OptimConfig(name=name, clip_norm=None, weight_decay=0.1, momentum=0.9, groups=GROUPS)
+    mine, theirs = parameters(torch.float64), parameters(torch.float64)
+    optimizer = ReplicatedOptimizer(mine, config, Mesh())
+    matrix, norm = theirs.values()
+    groups = [
+        {"params": [matrix], "lr": 0.005, "weight_decay": 0.0},  # the first match counts
+        {"params": [norm], "lr": 0.01, "weight_decay": 0.3},
+    ]
+    peer = (
+        torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
+        if name == "adamw"
+        else torch.optim.SGD(groups, momentum=0.9)
+    )
+    for step in range(1, 4):
+        for p in (*mine.values(), *theirs.values()):
+            p.grad = gradient_of(p, step)
+        optimizer.finish_reduction()
+        optimizer.step(lr=0.01)
+        peer.step()
+    for a, b in zip(mine.values(), theirs.values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "says"),
+    [
+        (["*.mpl.*"], r"optim.groups.0: match='\*.mpl.\*' matches no parameter"),
+        (
+            ["*.mlp.*", "*.up_proj.*"],
+            r"optim.groups.1: all that match='\*.up_proj.\*' matches belongs to a group before it",
+        ),
+    ],
+)
+def test_a_group_without_effect_is_refused(patterns: list[str], says: str) -> None:
+    config = OptimConfig(groups=[{"match": pattern} for pattern in patterns])
+    with pytest.raises(ConfigError, match=says):
+        check_groups(config, parameters(torch.float32))
+    check_groups(OptimConfig(groups=GROUPS[:1] + GROUPS[2:]), parameters(torch.float32))
 
 
 def test_a_restored_step_count_and_state_go_on_like_an_unbroken_run() -> None:

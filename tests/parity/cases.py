@@ -10,6 +10,8 @@ import torch
 from opencoder.data.loader import MicroBatch
 from tests.model.cases import FULL, SMALL, batch
 
+PIPE: dict[str, Any] = {**SMALL, "layers": 6}
+"""Enough layers for several stages on a rank."""
 SAMPLES, LENGTH = 8, 64
 """Of the global batch. The share of masked labels differs from sample to sample."""
 
@@ -26,11 +28,12 @@ class Case:
     """As in ParallelConfig."""
     documents: bool = False
     """Samples are cut in documents that do not see one another."""
+    z_loss: float = 0.0
 
     @property
     def truth(self) -> Case:
         """The same model and batch in one process, whole."""
-        return Case(1, self.base, SAMPLES, documents=self.documents)
+        return Case(1, self.base, SAMPLES, documents=self.documents, z_loss=self.z_loss)
 
 
 CASES: dict[str, Case] = {
@@ -43,6 +46,48 @@ CASES: dict[str, Case] = {
     "dp4": Case(4, SMALL),
     "tp4": Case(4, {**SMALL, "kv_heads": 4}, 4, {"tp": 4}),
     "tp2-dp2-documents": Case(4, SMALL, 2, {"tp": 2}, documents=True),
+    "dp2-sharded": Case(2, micro_batch=2, parallel={"sharded_optimizer": True}),
+    "dp4-sharded": Case(4, SMALL, parallel={"sharded_optimizer": True}),
+    "dp2-tp2-sharded": Case(4, SMALL, 2, {"tp": 2, "sharded_optimizer": True}, documents=True),
+    "tp2-sp": Case(2, micro_batch=4, parallel={"tp": 2, "sequence_parallel": True}),
+    "tp2-sp-documents": Case(2, SMALL, 2, {"tp": 2, "sequence_parallel": True}, documents=True),
+    "tp2-dp2-sp": Case(4, {**SMALL, "tie_embeddings": True}, 2, {"tp": 2, "sequence_parallel": True}, documents=True),
+    "tp4-sp": Case(4, {**SMALL, "kv_heads": 4}, 1, {"tp": 4, "sequence_parallel": True}),
+    "tp4-kv2": Case(4, SMALL, 4, {"tp": 4}, documents=True),
+    "tp4-kv1-sp": Case(4, {**SMALL, "kv_heads": 1}, 2, {"tp": 4, "sequence_parallel": True}),
+    "tp2-no-overlap": Case(2, SMALL, 4, {"tp": 2, "overlap": False}, documents=True),
+    "tp2-sp-no-overlap": Case(2, SMALL, 4, {"tp": 2, "overlap": False, "sequence_parallel": True}),
+    "tp2-sp-z-loss": Case(2, SMALL, 2, {"tp": 2, "sequence_parallel": True}, z_loss=1e-2),
+    "tp2-dp2-kv1": Case(4, {**SMALL, "kv_heads": 1}, 2, {"tp": 2}),
+    "cp2": Case(2, micro_batch=4, parallel={"cp": 2}, documents=True),
+    "cp2-dense": Case(2, SMALL, 2, {"cp": 2}),
+    "cp2-tp2": Case(4, micro_batch=2, parallel={"cp": 2, "tp": 2}, documents=True),
+    "cp2-dp2": Case(4, SMALL, 2, {"cp": 2}, documents=True),
+    "cp2-ulysses": Case(2, SMALL, 2, {"cp": 2, "context_attention": "ulysses"}, documents=True),
+    "cp2-tp2-ulysses": Case(
+        4, micro_batch=2, parallel={"cp": 2, "tp": 2, "context_attention": "ulysses"}, documents=True
+    ),
+    "cp2-tp2-sp": Case(4, SMALL, 2, {"cp": 2, "tp": 2, "sequence_parallel": True}, documents=True),
+    "cp2-tp4-kv2": Case(8, SMALL, 4, {"cp": 2, "tp": 4}, documents=True),
+    "cp4": Case(4, {**SMALL, "tie_embeddings": True}, 2, {"cp": 4}, documents=True),
+    "cp4-ulysses": Case(4, SMALL, 4, {"cp": 4, "context_attention": "ulysses"}, documents=True),
+    "cp2-tp2-dp2-sp": Case(8, SMALL, 2, {"cp": 2, "tp": 2, "sequence_parallel": True}, documents=True),
+    "pp2": Case(2, micro_batch=2, parallel={"pp": 2, "layout": [5, 3]}),
+    "pp2-documents": Case(2, SMALL, 2, {"pp": 2}, documents=True),
+    "pp2-tp2": Case(4, SMALL, 2, {"pp": 2, "tp": 2}, documents=True),
+    "pp2-dp2": Case(4, SMALL, 1, {"pp": 2}, documents=True),
+    "pp2-tp2-sp": Case(4, SMALL, 2, {"pp": 2, "tp": 2, "sequence_parallel": True}, documents=True),
+    "pp2-interleaved": Case(2, micro_batch=2, parallel={"pp": 2, "virtual_stages": 2, "schedule": "interleaved"}),
+    "pp2-zb": Case(2, PIPE, 1, {"pp": 2, "virtual_stages": 2, "schedule": "zb"}, documents=True),
+    "pp2-zbv": Case(2, micro_batch=2, parallel={"pp": 2, "virtual_stages": 2, "schedule": "zbv"}),
+    "pp2-tp2-zbv": Case(4, PIPE, 2, {"pp": 2, "tp": 2, "virtual_stages": 2, "schedule": "zbv"}, documents=True),
+    "pp4-interleaved": Case(4, PIPE, 1, {"pp": 4, "virtual_stages": 2, "schedule": "interleaved"}, documents=True),
+    "pp2-dp2-sharded": Case(4, PIPE, 1, {"pp": 2, "sharded_optimizer": True}, documents=True),
+    "pp2-dp2-sharded-zbv": Case(
+        4, PIPE, 1, {"pp": 2, "virtual_stages": 2, "schedule": "zbv", "sharded_optimizer": True}, documents=True
+    ),
+    "pp2-cp2": Case(4, PIPE, 2, {"pp": 2, "cp": 2}, documents=True),
+    "pp2-cp2-zbv": Case(4, PIPE, 2, {"pp": 2, "cp": 2, "virtual_stages": 2, "schedule": "zbv"}, documents=True),
 }
 
 

@@ -271,6 +271,16 @@ def test_resuming_at_another_layout_goes_on_with_the_same_data(tmp_path: Path, p
     assert found == pytest.approx(losses(whole), rel=1e-5)
 
 
+def test_a_sharded_optimizer_trains_and_one_process_goes_on_from_it(tmp_path: Path, prefix: Path, whole: Path) -> None:
+    path = config(tmp_path, prefix, checkpoint={"every": 4, "async_save": True})
+    train(path, "parallel.sharded_optimizer=true", ranks=2)
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-5)
+    for step in (8, 12):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08}")
+    assert "at step 4" in train(path).stdout
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-5)
+
+
 def test_a_longer_run_keeps_the_order_of_the_first_stage(tmp_path: Path, prefix: Path) -> None:
     path = config(tmp_path, prefix, optim={"schedule": "constant", "warmup_steps": 0, "decay_steps": 0})
     train(path, "train.steps=6")

@@ -1,0 +1,69 @@
+"""Updates that a run leaves out (train.skip): who decides, and what is written down of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from opencoder.config import Config
+from opencoder.errors import Failure
+from opencoder.files import write_json
+from opencoder.optim.guard import Guard
+from opencoder.parallel.mesh import Mesh
+
+from .state import RunState
+from .step import StepResult
+
+
+class Skipping:
+    """Counts the updates that the guard leaves out, and writes their batches to RUN/skipped/step_XXXXXXXX.json."""
+
+    def __init__(self, config: Config, state: RunState, mesh: Mesh, device: torch.device) -> None:
+        """Goes on from what `state` remembers. `config.train.skip` must be set."""
+        settings = config.train.skip
+        assert settings is not None
+        self.config, self.settings, self.state = config, settings, state
+        self.first_rank = mesh.world.rank == 0
+        self.guard = Guard(window=settings.window, sigma=settings.sigma, world=mesh.world, device=device)
+        if state.guard is not None:
+            self.guard.load(state.guard)
+
+    def note(self, result: StepResult) -> bool:
+        """Whether the update of step `state.step`, just done, was left out; writes it down if so."""
+        assert result.skip is not None
+        if not bool(result.skip):
+            return False
+        state = self.state
+        stage = next(stage for stage in state.stages if stage.first_step < state.step <= stage.end)
+        samples = stage.settings.global_batch_size
+        state.skipped.append(state.step)
+        if self.first_rank:
+            self.file(state.step).parent.mkdir(parents=True, exist_ok=True)
+            found = {"loss": float(result.loss), "grad_norm": float(result.grad_norm)}
+            write_json(
+                self.file(state.step),
+                {
+                    "step": state.step,
+                    **{name: value if math.isfinite(value) else str(value) for name, value in found.items()},
+                    "compared_with": self.guard.state(),
+                    "stage": stage.record(),
+                    "samples": [(state.step - stage.first_step + n) * samples for n in (-1, 0)],
+                },
+            )
+        return True
+
+    def file(self, step: int) -> Path:
+        """Where the batch of `step` is written down."""
+        return Path(self.config.run_dir) / "skipped" / f"step_{step:08}.json"
+
+    def stop_if_too_many(self) -> None:
+        """Failure once `stop_after` updates in a row were left out."""
+        row = self.state.skipped_in_a_row()
+        if row >= self.settings.stop_after:
+            raise Failure(
+                f"step {self.state.step}: {row} updates in a row were left out, train.skip.stop_after="
+                f"{self.settings.stop_after}: lower optim.lr, or look at the batches in "
+                f"{self.file(self.state.step).parent}; the newest checkpoint is from step {self.state.saved_step or 0}"
+            )
