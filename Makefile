@@ -54,6 +54,7 @@ bench: setup-dev
 	$(BIN)/opencoder bench-train
 	$(BIN)/opencoder bench-corpus
 	$(BIN)/opencoder bench-preprocess
+	$(BIN)/opencoder bench-dataset
 
 clean:
 	rm -rf build demo *.egg-info opencoder/_*.so $(VENV)

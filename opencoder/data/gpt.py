@@ -3,17 +3,21 @@ samples that overlap by one token, samples shuffled. The order depends on the se
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opencoder.errors import DataError
 
+from .cache import IndexCache
+from .fim import Fim
 from .index import build_sample_index
 from .indexed import IndexedDataset
 
+INDICES = ("document", "sample", "shuffle")
 SEPARATE_LAST_EPOCH_BELOW = 0.80
 """If less than this share of the last epoch is wanted, it is shuffled apart: its few documents stay at the end."""
 
@@ -42,8 +46,14 @@ def split_bounds(split: str, n: int) -> list[tuple[int, int]]:
     return list(pairwise(at))
 
 
+def cache_folder(prefix: str) -> Path:
+    """Where the indices of a dataset are kept if nothing else is asked for; it may be deleted at any time."""
+    return Path(f"{prefix}.cache")
+
+
 class GPTDataset:
-    """`num_samples` samples of `seq_len` tokens from documents [begin, end) of `data`; None: one epoch.
+    """`num_samples` samples of `seq_len` tokens from documents [begin, end) of `data`; None: one epoch. Without a
+    `cache` its indices are built in memory.
 
     Raises DataError if the range holds too few tokens for one sample."""
 
@@ -56,10 +66,11 @@ class GPTDataset:
         seed: int,
         begin: int = 0,
         end: int | None = None,
+        cache: IndexCache | None = None,
+        fim: Fim | None = None,
     ) -> None:
-        self.data, self.seq_len = data, seq_len
+        self.data, self.seq_len, self.fim = data, seq_len, fim
         end = len(data) if end is None else end
-        sequences = np.arange(begin, end, dtype=np.int32)
         epoch_tokens = int(data.sizes[begin:end].sum(dtype=np.int64))
         if epoch_tokens < seq_len + 1:
             raise DataError(
@@ -69,30 +80,48 @@ class GPTDataset:
         epochs = 1 if num_samples is None else _epochs(num_samples, seq_len, epoch_tokens)
         available = (epochs * epoch_tokens - 1) // seq_len
         separate_at = _separate_at(epochs, epoch_tokens, seq_len, num_samples)
-        random = np.random.RandomState(seed)
-        self.document_index = _document_index(sequences, epochs, random, separate_last=separate_at is not None)
-        self.sample_index = build_sample_index(
-            np.asarray(data.sizes), self.document_index, seq_len=seq_len, num_samples=available
-        )
-        self.shuffle_index = _shuffle_index(separate_at or available, available, random)
+
+        def build() -> dict[str, NDArray[Any]]:
+            random = np.random.RandomState(seed)
+            documents = _document_index((begin, end), epochs, random, separate_last=separate_at is not None)
+            samples = build_sample_index(np.asarray(data.sizes), documents, seq_len=seq_len, num_samples=available)
+            shuffle = _shuffle_index(separate_at or available, available, random)
+            return {"document": documents, "sample": samples, "shuffle": shuffle}
+
+        if cache is None:
+            indices = build()
+        else:
+            asked = {"seq_len": seq_len, "num_samples": num_samples, "seed": seed, "documents": [begin, end]}
+            what = {"kind": "gpt", "lengths": data.lengths_hash, **asked}
+            indices = cache.get(cache_folder(data.prefix), what, INDICES, build)
+        self.document_index, self.sample_index, self.shuffle_index = (indices[name] for name in INDICES)
 
     def __len__(self) -> int:
         return len(self.shuffle_index)
 
     def __getitem__(self, i: int) -> Sample:
-        k = int(self.shuffle_index[i])
+        k = self.shuffle_index.item(i)
         (first, start), (last, stop) = self.sample_index[k].tolist(), self.sample_index[k + 1].tolist()
+        documents = self.document_index[first : last + 1].tolist()
         pieces = []
-        for position in range(first, last + 1):
-            document = int(self.document_index[position])
-            begin = start if position == first else 0
-            end = stop + 1 if position == last else int(self.data.sizes[document])
-            pieces.append(self.data.get(document, begin, end - begin))
-        text = np.concatenate(pieces).astype(np.int64)
+        for n, document in enumerate(documents):
+            begin = start if n == 0 else 0
+            end = stop + 1 if n == last - first else self.data.sizes.item(document)
+            piece = self.data.get(document, begin, end - begin)
+            if self.fim is not None:
+                whole = end == self.data.sizes.item(document)
+                piece = self.fim.apply(piece.astype(np.int64), slot=first + n, offset=begin, ends_document=whole)
+            pieces.append(piece)
+        text = np.concatenate(pieces, dtype=np.int64)
         assert len(text) == self.seq_len + 1, (len(text), self.seq_len)
-        ends = np.cumsum([len(piece) for piece in pieces])
-        bounds = np.unique(np.clip(np.concatenate([[0], ends]), 0, self.seq_len)).astype(np.int32)
-        return Sample(text[:-1], text[1:], bounds)
+        return Sample(text[:-1], text[1:], _bounds([len(piece) for piece in pieces]))
+
+
+def _bounds(lengths: list[int]) -> NDArray[np.int32]:
+    """Ends of the pieces that hold tokens, from 0 to their sum less the last label."""
+    *ends, total = accumulate(lengths)
+    inner = {end for end in ends if 0 < end < total - 1}
+    return np.array([0, *sorted(inner), total - 1], np.int32)
 
 
 def _epochs(num_samples: int, seq_len: int, epoch_tokens: int) -> int:
@@ -110,24 +139,24 @@ def _separate_at(epochs: int, epoch_tokens: int, seq_len: int, num_samples: int 
 
 
 def _document_index(
-    sequences: NDArray[np.int32], epochs: int, random: np.random.RandomState, *, separate_last: bool
+    sequences: tuple[int, int], epochs: int, random: np.random.RandomState, *, separate_last: bool
 ) -> NDArray[np.int32]:
+    """Made in place: at 10^8 documents a second copy would be felt."""
+    begin, end = sequences
+    index = np.empty((epochs, end - begin), np.int32)
+    index[:] = np.arange(begin, end, dtype=np.int32)
+    flat = index.reshape(-1)
     if not separate_last:
-        index = np.tile(sequences, epochs)
-        random.shuffle(index)
-        return index
-    index, last = np.tile(sequences, epochs - 1), sequences.copy()
-    random.shuffle(index)
-    random.shuffle(last)
-    return np.concatenate([index, last])
+        random.shuffle(flat)
+        return flat
+    random.shuffle(flat[: -(end - begin)])
+    random.shuffle(flat[-(end - begin) :])
+    return flat
 
 
 def _shuffle_index(first: int, total: int, random: np.random.RandomState) -> NDArray[np.generic]:
-    dtype = np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64
-    index = np.arange(first, dtype=dtype)
-    random.shuffle(index)
-    if first == total:
-        return index
-    rest = np.arange(first, total, dtype=dtype)
-    random.shuffle(rest)
-    return np.concatenate([index, rest])
+    index = np.arange(total, dtype=np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64)
+    random.shuffle(index[:first])
+    if first < total:
+        random.shuffle(index[first:])
+    return index

@@ -6,16 +6,21 @@ array (documents + 1), then int32[N] lengths in tokens, int64[N] byte offsets in
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opencoder.errors import DataError
 from opencoder.files import atomic_open, fsync_directory, temporary_name
+
+from .mapping import map_bytes
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -101,7 +106,7 @@ class IndexedDataset:
         index = self._read_index(Path(f"{prefix}.idx"))
         code, sequences, bounds = index
         self.dtype = CODES[code]
-        raw = np.memmap(f"{prefix}.idx", mode="r", dtype=np.uint8)
+        raw = map_bytes(f"{prefix}.idx")
         at = HEADER.size
         self.sizes: NDArray[np.int32] = np.frombuffer(raw, "<i4", sequences, at)
         """(N,) tokens per sequence."""
@@ -110,8 +115,13 @@ class IndexedDataset:
         self.document_indices: NDArray[np.int64] = np.frombuffer(raw, "<i8", bounds, at + 12 * sequences)
         """(documents + 1,) bounds in sequences."""
         self._check()
-        data = Path(f"{prefix}.bin")
-        self._data = np.memmap(data, mode="r", dtype=self.dtype) if data.stat().st_size else np.zeros(0, self.dtype)
+        self._item_bytes = np.dtype(self.dtype).itemsize
+        self.tokens: NDArray[Any] = map_bytes(f"{prefix}.bin").view(self.dtype)
+        """(tokens,) all ids, as .bin holds them."""
+
+    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
+        """Loader workers that are not forked open the files anew: the arrays would be copied."""
+        return IndexedDataset, (self.prefix,)
 
     def _read_index(self, path: Path) -> tuple[int, int, int]:
         if not path.is_file():
@@ -153,14 +163,19 @@ class IndexedDataset:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    @cached_property
+    def lengths_hash(self) -> str:
+        """Hex SHA-256 of the lengths: what the sample index depends on."""
+        return hashlib.sha256(self.sizes.data).hexdigest()
+
     def __getitem__(self, i: int) -> NDArray[np.generic]:
         return self.get(i)
 
     def get(self, i: int, offset: int = 0, length: int | None = None) -> NDArray[np.generic]:
         """`length` ids of sequence i from `offset` on (default: to its end), without copying."""
-        size = int(self.sizes[i])
-        length = size - offset if length is None else length
-        if offset < 0 or length < 0 or offset + length > size:
-            raise IndexError(f"{self.prefix}: [{offset}, {offset + length}) of sequence {i}, which has {size} tokens")
-        start = int(self.pointers[i]) // np.dtype(self.dtype).itemsize + offset
-        return self._data[start : start + length]
+        size = self.sizes.item(i)  # `item` gives a Python int, the quickest to reckon with
+        end = size if length is None else offset + length
+        if not 0 <= offset <= end <= size:
+            raise IndexError(f"{self.prefix}: [{offset}, {end}) of sequence {i}, which has {size} tokens")
+        start = self.pointers.item(i) // self._item_bytes
+        return self.tokens[start + offset : start + end]

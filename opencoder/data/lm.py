@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from opencoder.errors import DataError
 
-from .gpt import GPTDataset, Sample, split_bounds
+from .cache import IndexCache
+from .fim import Fim
+from .gpt import GPTDataset, Sample, cache_folder, split_bounds
 from .index import build_blending_indices
 from .indexed import IndexedDataset
 
@@ -22,16 +26,27 @@ __all__ = ["BlendedDataset", "Sample", "build_lm_dataset"]
 class BlendedDataset:
     """`size` samples drawn from `members` in proportion to their weights; order within a member is the member's."""
 
-    def __init__(self, members: Sequence[GPTDataset], weights: Sequence[float], size: int) -> None:
+    def __init__(
+        self, members: Sequence[GPTDataset], weights: Sequence[float], size: int, cache: IndexCache | None = None
+    ) -> None:
         self.members = members
-        total = math.fsum(weights)
-        self.member, self.sample = build_blending_indices(np.asarray([w / total for w in weights]), size)
+        shares = [w / math.fsum(weights) for w in weights]
+
+        def build() -> dict[str, NDArray[Any]]:
+            return dict(zip(("member", "index"), build_blending_indices(np.asarray(shares), size), strict=True))
+
+        if cache is None:
+            indices = build()
+        else:
+            what = {"kind": "blend", "shares": shares, "size": size}
+            indices = cache.get(cache_folder(members[0].data.prefix), what, ("member", "index"), build)
+        self.member, self.index = indices["member"], indices["index"]
 
     def __len__(self) -> int:
         return len(self.member)
 
     def __getitem__(self, i: int) -> Sample:
-        return self.members[int(self.member[i])][int(self.sample[i])]
+        return self.members[self.member.item(i)][self.index.item(i)]
 
 
 def build_lm_dataset(
@@ -42,23 +57,37 @@ def build_lm_dataset(
     seed: int,
     split: str = "1,0,0",
     part: int = 0,
+    cache: IndexCache | None = None,
+    fim: Fim | None = None,
 ) -> GPTDataset | BlendedDataset:
     """`num_samples` samples from the (prefix, weight) pairs; `part` 0, 1, 2 = training, validation, test of `split`.
 
-    Raises DataError for a missing or damaged dataset, or an empty part."""
-    members = []
+    Indices come from `cache`, or are built in memory without one. Raises DataError for a missing or damaged dataset, or an
+    empty part."""
     total = math.fsum(weight for _, weight in blend)
-    for prefix, weight in blend:
+    members: dict[int, GPTDataset] = {}
+    for m in cache.order(len(blend)) if cache else range(len(blend)):
+        prefix, weight = blend[m]
         data = IndexedDataset(prefix)
-        bounds = split_bounds(split, len(data))
-        begin, end = bounds[part] if part < len(bounds) else (0, 0)
-        if begin == end:
-            name = ("training", "validation", "test")[part]
-            raise DataError(
-                f"{prefix}: data.split={split} leaves no {name} documents of {len(data)}: give that part a larger share"
-            )
+        begin, end = _part(data, split, part)
         wanted = num_samples
         if len(blend) > 1:
             wanted = math.ceil(math.ceil(num_samples * weight / total) * (1 + SURPLUS))
-        members.append(GPTDataset(data, seq_len=seq_len, num_samples=wanted, seed=seed, begin=begin, end=end))
-    return members[0] if len(members) == 1 else BlendedDataset(members, [w for _, w in blend], num_samples)
+        members[m] = GPTDataset(
+            data, seq_len=seq_len, num_samples=wanted, seed=seed, begin=begin, end=end, cache=cache, fim=fim
+        )
+    if len(blend) == 1:
+        return members[0]
+    return BlendedDataset([members[m] for m in range(len(blend))], [w for _, w in blend], num_samples, cache)
+
+
+def _part(data: IndexedDataset, split: str, part: int) -> tuple[int, int]:
+    """Documents [begin, end) of one part of the split. Raises DataError if there are none."""
+    bounds = split_bounds(split, len(data))
+    begin, end = bounds[part] if part < len(bounds) else (0, 0)
+    if begin == end:
+        name = ("training", "validation", "test")[part]
+        raise DataError(
+            f"{data.prefix}: data.split={split} leaves no {name} documents of {len(data)}: give that part a larger share"
+        )
+    return begin, end

@@ -32,6 +32,7 @@ from opencoder.files import atomic_open, atomic_path, sha256_of, write_json
 from . import tokenizer as tok
 from .documents import Document, find_files, read_documents
 from .encoders import Encoder, make_encoder
+from .fim import FimIds, arrange
 from .indexed import IndexedWriter, token_dtype
 
 PART_DOCUMENTS = 512
@@ -201,10 +202,7 @@ def _encode_fim(encoder: Encoder, loaded: tok.LoadedTokenizer, job: Job, documen
     assert loaded.fim_ids is not None
     a, b = sorted(draw.sample(range(len(text) + 1), 2))
     prefix, middle, suffix = encoder([text[:a], text[a:b], text[b:]], dtype)
-    p, m, s = (np.array([i], dtype) for i in loaded.fim_ids)
-    if draw.random() < 0.5:
-        return np.concatenate([p, prefix, s, suffix, m, middle])
-    return np.concatenate([p, s, suffix, m, prefix, middle])
+    return arrange(FimIds(*loaded.fim_ids), prefix, middle, suffix, spm=draw.random() >= 0.5)
 
 
 # ---- at the end ----

@@ -57,9 +57,9 @@ def verify_dataset(prefix: str | Path) -> dict[str, Any]:
 def _check_ids(data: IndexedDataset, prefix: str | Path, vocab_size: int | None) -> int:
     """Largest id; every id must be at least 0 and below the vocabulary size, if that is known."""
     largest, done = -1, 0
-    with ProgressBar("verify", total=len(data._data), unit="tokens") as bar:
-        while done < len(data._data):
-            block = data._data[done : done + BLOCK_TOKENS]
+    with ProgressBar("verify", total=len(data.tokens), unit="tokens") as bar:
+        while done < len(data.tokens):
+            block = data.tokens[done : done + BLOCK_TOKENS]
             low, high = int(block.min()), int(block.max())
             if low < 0 or (vocab_size is not None and high >= vocab_size):
                 at = int(np.argmax((block < 0) | (block >= (vocab_size or np.iinfo(np.int64).max))))

@@ -5,11 +5,13 @@ order. A run that is made longer gets a further stage."""
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from itertools import accumulate
 from typing import Any, Protocol
 
 from opencoder.config import Config, DataConfig
+from opencoder.data.cache import IndexCache
 from opencoder.data.lm import Sample, build_lm_dataset
 from opencoder.data.loader import BatchLoader
 from opencoder.errors import ConfigError
@@ -62,9 +64,22 @@ def _dataset(config: DataConfig, num_samples: int, seed: int, part: int) -> Samp
         raise ConfigError("data.blend is empty: give at least one {prefix, weight}")
     blend = [(entry.prefix, entry.weight) for entry in config.blend]
     dataset: Samples = build_lm_dataset(
-        blend, num_samples=num_samples, seq_len=config.seq_len, seed=seed, split=config.split, part=part
+        blend,
+        num_samples=num_samples,
+        seq_len=config.seq_len,
+        seed=seed,
+        split=config.split,
+        part=part,
+        cache=_index_cache(),
     )
     return dataset
+
+
+def _index_cache() -> IndexCache:
+    """The cache as the ranks of this machine share it."""
+    local = (os.environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    rank, ranks = (int(value) if value else default for value, default in zip(local, (0, 1), strict=True))
+    return IndexCache(rank=rank, ranks=ranks)
 
 
 def training_loader(config: Config, samples: Samples, mesh: Mesh, *, start_sample: int) -> BatchLoader:

@@ -178,3 +178,18 @@ def test_split_bounds() -> None:
     assert split_bounds("95,5,0", 100) == [(0, 95), (95, 100), (100, 100)]
     with pytest.raises(DataError, match="must be numbers"):
         split_bounds("a,b", 10)
+
+
+def test_indices_equal_the_separate_shuffles(tmp_path: Path) -> None:
+    """Shuffling parts of one array in place gives what the format's description does with joined arrays."""
+    source = write(tmp_path / "d", [[i] * 10 for i in range(20)])
+    data = GPTDataset(source, seq_len=10, num_samples=42, seed=3, begin=2, end=18)  # 160 tokens an epoch: 3 epochs
+    random_state = np.random.RandomState(3)
+    before, last = np.tile(np.arange(2, 18, dtype=np.int32), 2), np.arange(2, 18, dtype=np.int32)
+    random_state.shuffle(before)
+    random_state.shuffle(last)
+    assert data.document_index.tolist() == [*before.tolist(), *last.tolist()]
+    early, late = np.arange(31, dtype=np.uint32), np.arange(31, 47, dtype=np.uint32)
+    random_state.shuffle(early)
+    random_state.shuffle(late)
+    assert data.shuffle_index.tolist() == [*early.tolist(), *late.tolist()]
