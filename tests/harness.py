@@ -91,6 +91,7 @@ def _rank_main(work: Callable[..., Any], rank: int, world_size: int, store: str,
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    answered = False
     try:
         if world_size > 1:
             dist.init_process_group(
@@ -100,10 +101,13 @@ def _rank_main(work: Callable[..., Any], rank: int, world_size: int, store: str,
         results.put((rank, None, pickle.dumps(value)))  # by value: shared tensors would die with the rank
         results.close()
         results.join_thread()
+        answered = True
         if world_size > 1:
             dist.barrier()
             dist.destroy_process_group()
     except BaseException:
+        if answered:  # the parent has what it wants and ends the others, which this rank may notice in the barrier
+            os._exit(0)
         results.put((rank, traceback.format_exc(), None))
         results.close()
         results.join_thread()

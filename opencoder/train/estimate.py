@@ -15,9 +15,12 @@ from opencoder.config_rules import phases
 from opencoder.model.decoder import Decoder, named_parameters
 from opencoder.model.recompute import modules_of
 from opencoder.optim.update import check_groups
+from opencoder.parallel.layout import chunks_in_flight, stage_ranks
 from opencoder.parallel.mesh import Mesh, kv_replicas_of, pretend_mesh
 from opencoder.parallel.placement import placement_of
 from opencoder.parallel.ulysses import key_heads_for
+
+from .pipeline_runner import parts_of
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
 
@@ -49,7 +52,8 @@ class Estimate:
 
 
 def estimate(config: Config, world_size: int) -> Estimate:
-    """Sizes on rank 0 of `world_size`, in the stage with the largest micro-batches.
+    """Sizes on a rank of `world_size` in the stage of the data with the largest micro-batches; with pipelines each on the
+    rank where it is largest.
 
     The model is built on the meta device: no memory is taken."""
     p, t, m = config.parallel, config.train, config.model
@@ -60,7 +64,7 @@ def estimate(config: Config, world_size: int) -> Estimate:
     check_groups(config.optim, named_parameters(model))
     parameters = list(model.parameters())
     total = sum(torch.Size(placement_of(q).global_shape).numel() for q in parameters)
-    mine = sum(q.numel() for q in parameters)
+    mine = _largest_rank(config, mesh)
     width = BYTES[t.precision]
     wide = max(width, 4)
     states = 2 if config.optim.name == "adamw" else 1
@@ -77,13 +81,42 @@ def estimate(config: Config, world_size: int) -> Estimate:
         weights=mine * width,
         gradients=mine * wide,
         optimizer=mine * (states * wide + master) // (replicas if sharded else 1),
-        activations=_activations(config, mesh, tokens, width),
-        logits=min(m.head.chunk_tokens, tokens) * rows * width,
+        activations=int(_activations(config, mesh, tokens, width) * _share_in_flight(config, micro_batches)),
+        logits=(tokens if _whole_logits(config) else min(m.head.chunk_tokens, tokens)) * rows * width,
         # sharded: gradients to their owners, weights back, each half of a ring all-reduce
         data_parallel_traffic=_ring(mine * (wide + width) // 2 if sharded else mine * wide, replicas),
         tensor_parallel_traffic=micro_batches * _tensor_parallel_bytes(config, mesh, tokens, width),
         context_parallel_traffic=micro_batches * _context_parallel_bytes(config, mesh, tokens, width),
     )
+
+
+def _largest_rank(config: Config, mesh: Mesh) -> int:
+    """Parameters of the pipeline rank that holds most of them."""
+    p = config.parallel
+    held = [0] * p.pp
+    ranks = stage_ranks(p.schedule, p.pp, p.virtual_stages)
+    parts = parts_of(config.model, p, seq_len=config.data.seq_len) if p.pp > 1 else [None]
+    for rank, part in zip(ranks, parts, strict=True):
+        with torch.device("meta"):
+            held[rank] += sum(q.numel() for q in Decoder(config.model, mesh, part=part).parameters())
+    return max(held)
+
+
+def _share_in_flight(config: Config, micro_batches: int) -> float:
+    """Activations of the pipeline rank that holds most, over those of one micro-batch in the whole model."""
+    p = config.parallel
+    if p.pp == 1:
+        return 1.0
+    ranks = stage_ranks(p.schedule, p.pp, p.virtual_stages)
+    chunks = chunks_in_flight(p.schedule, p.pp, p.virtual_stages, micro_batches)
+    layers = [len(part.layers) for part in parts_of(config.model, p, seq_len=config.data.seq_len)]
+    # as if the chunks were spread evenly over the stages of the rank
+    held = [chunks[r] * sum(n for n, rank in zip(layers, ranks, strict=True) if rank == r) for r in range(p.pp)]
+    return max(held) / p.virtual_stages / config.model.layers
+
+
+def _whole_logits(config: Config) -> bool:
+    return config.parallel.schedule in ("zb", "zbv")
 
 
 def _ring(size: int, ranks: int) -> int:
@@ -134,6 +167,18 @@ def _context_parallel_bytes(config: Config, mesh: Mesh, tokens: int, width: int)
     return m.layers * passes * tokens * heads * m.head_dim * width * (cp - 1) // cp
 
 
+def _pipeline_lines(config: Config) -> list[str]:
+    p = config.parallel
+    if p.pp == 1:
+        return []
+    layers = [len(part.layers) for part in parts_of(config.model, p, seq_len=config.data.seq_len)]
+    ranks = stage_ranks(p.schedule, p.pp, p.virtual_stages)
+    stages = ", ".join(f"{n} on rank {rank}" for n, rank in zip(layers, ranks, strict=True))
+    return [
+        f"pipeline          {p.schedule}, layers by stage: {stages}; below, each size is of the rank where it is largest"
+    ]
+
+
 def describe(config: Config, world_size: int) -> str:
     """The text of `train --dry-run`."""
     e = estimate(config, world_size)
@@ -142,8 +187,10 @@ def describe(config: Config, world_size: int) -> str:
     parts = phases(config)
     largest = max(parts, key=lambda phase: phase.micro_batch_size * phase.seq_len)
     gib = 2**30
+    at_a_time = "a whole micro-batch" if _whole_logits(config) else f"{config.model.head.chunk_tokens} tokens"
     lines = [
         f"world {world_size} = tp {p.tp} × pp {p.pp} × cp {p.cp} × dp {dp}",
+        *_pipeline_lines(config),
         f"parameters        {e.total_parameters:,} in the model, {e.rank_parameters:,} per rank",
         f"weights           {e.weights / gib:.3f} GiB per rank ({config.train.precision})",
         f"gradients         {e.gradients / gib:.3f} GiB",
@@ -151,7 +198,7 @@ def describe(config: Config, world_size: int) -> str:
         + (f", split over {dp * p.cp} ranks)" if p.sharded_optimizer else ")"),
         f"activations       {e.activations / gib:.3f} GiB (micro-batch {largest.micro_batch_size} × "
         f"{largest.seq_len}, recompute {config.train.recompute})",
-        f"logits            {e.logits / gib:.3f} GiB ({config.model.head.chunk_tokens} tokens at a time)",
+        f"logits            {e.logits / gib:.3f} GiB ({at_a_time} at a time)",
         f"estimated peak    {e.peak / gib:.3f} GiB per rank",
         f"communication     {e.data_parallel_traffic / gib:.3f} GiB data-parallel, "
         f"{e.tensor_parallel_traffic / gib:.3f} GiB tensor-parallel, "

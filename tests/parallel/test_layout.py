@@ -6,8 +6,9 @@ from itertools import product
 
 import pytest
 
-from opencoder.config import PRESETS, ModelConfig, ParallelConfig
+from opencoder.config import PRESETS, Config, ModelConfig, ParallelConfig
 from opencoder.parallel.layout import balanced_layout, cut, stage_ranks
+from opencoder.train.estimate import describe, estimate
 from opencoder.train.pipeline_runner import head_cost, parts_of
 
 pytestmark = pytest.mark.fast
@@ -72,6 +73,26 @@ def test_parts_hold_every_layer_once_and_the_ends() -> None:
     parts = parts_of(model, ParallelConfig(pp=3, layout=[0, 3, 1]), seq_len=64)
     assert [part.layers for part in parts] == [range(0), range(3), range(3, 4)] == cut([0, 3, 1])
     assert [(part.first, part.last) for part in parts] == [(True, False), (False, False), (False, True)]
+
+
+def test_a_dry_run_tells_the_fullest_rank() -> None:
+    tree = {"run_dir": "r", "model": {"preset": "demo", "layers": 6}, "train": {"steps": 1}}
+    whole = estimate(Config.model_validate(tree), 2)
+    parallel = {
+        "pp": 2,
+        "virtual_stages": 2,
+        "schedule": "zbv",
+        "layout": [1, 1, 3, 1],
+    }  # rank 0: 1 + 1, rank 1: 1 + 3 layers
+    cut = estimate(Config.model_validate({**tree, "parallel": parallel}), 2)
+    layer = 2 * 256 * 32 * (8 + 4) + 3 * 256 * 688 + 2 * 256
+    ends = 2 * 8192 * 256 + 256
+    assert whole.rank_parameters == whole.total_parameters == cut.total_parameters == ends + 6 * layer
+    assert cut.rank_parameters == max(ends + 2 * layer, 4 * layer)
+    assert cut.activations == int(whole.activations * 4 * 4 / 2 / 6)  # 4 stages in flight, 4/2 layers in each, of 6
+    assert cut.logits == whole.logits * 1024 // 512  # all of a micro-batch, not a chunk
+    text = describe(Config.model_validate({**tree, "parallel": parallel}), 2)
+    assert "zbv, layers by stage: 1 on rank 0, 1 on rank 1, 3 on rank 1, 1 on rank 0" in text
 
 
 def test_too_few_layers_are_refused() -> None:

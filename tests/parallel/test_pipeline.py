@@ -18,7 +18,7 @@ from opencoder.data.loader import MicroBatch
 from opencoder.model.decoder import Decoder, Part, named_parameters
 from opencoder.model.initialise import build_model
 from opencoder.optim.optimizer import ReplicatedOptimizer
-from opencoder.parallel.layout import stage_ranks
+from opencoder.parallel.layout import chunks_in_flight, stage_ranks
 from opencoder.parallel.mesh import Mesh, create_mesh
 from opencoder.parallel.pipeline import Pipeline, Shapes
 from opencoder.train.loop import Trainer
@@ -47,12 +47,26 @@ class Piece(nn.Module):
         super().__init__()
         torch.manual_seed(number)
         self.linear = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.float64)
-        self.last, self.passes = last, 0
+        self.last, self.passes, self.on_forward = last, 0, lambda: None
 
     def forward(self, x: torch.Tensor, *, target: torch.Tensor) -> torch.Tensor:
         self.passes += 1
+        self.on_forward()
         y = x + self.linear(x).tanh()
         return ((y - target) ** 2).sum() if self.last else y
+
+
+class Alive:
+    """Counts what has run forward and not backward."""
+
+    now = most = 0
+
+    def more(self) -> None:
+        self.now += 1
+        self.most = max(self.most, self.now)
+
+    def fewer(self) -> None:
+        self.now -= 1
 
 
 def pieces_through(rank: int, world: int, kind: dict[str, Any], n: int, steps: int) -> dict[str, Any]:
@@ -62,6 +76,14 @@ def pieces_through(rank: int, world: int, kind: dict[str, Any], n: int, steps: i
     pieces = [Piece(i, i == len(ranks) - 1) for i in range(len(ranks))]
     own = {i: piece for i, piece in enumerate(pieces) if ranks[i] == rank}
     told: list[tuple[str, int]] = []
+    alive = Alive()
+    for piece in own.values():
+        piece.on_forward = alive.more
+
+    def accumulated(stage: int) -> None:
+        told.append(("accumulated", stage))
+        alive.fewer()
+
     like = torch.empty(ROWS, WIDTH, dtype=torch.float64, device="meta")
     pipeline = Pipeline(
         own,
@@ -71,7 +93,7 @@ def pieces_through(rank: int, world: int, kind: dict[str, Any], n: int, steps: i
         schedule=kind["schedule"],
         pp=pp,
         device=CPU,
-        accumulated=lambda stage: told.append(("accumulated", stage)),
+        accumulated=accumulated,
         complete=lambda stage: told.append(("complete", stage)),
     )
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +122,23 @@ def pieces_through(rank: int, world: int, kind: dict[str, Any], n: int, steps: i
         assert isinstance(ours, torch.Tensor)
         assert isinstance(theirs, torch.Tensor)
         errors[i] = float((ours - theirs).norm() / theirs.norm())
-    return {"errors": errors, "told": told, "passes": {i: p.passes for i, p in own.items()}, "held": len(held)}
+    return {
+        "errors": errors,
+        "told": told,
+        "passes": {i: p.passes for i, p in own.items()},
+        "held": len(held),
+        "alive": alive.most,
+    }
+
+
+def test_what_a_rank_holds_in_flight_is_as_foretold() -> None:
+    cases = {f"{name} {n}": (kind, n, 1) for name, kind in SCHEDULES.items() for n in (4, 9)}
+    found = run_cases(pieces_through, 3, cases)
+    foretold = {
+        name: chunks_in_flight(kind["schedule"], 3, kind.get("virtual_stages", 1), n)
+        for name, (kind, n, _) in cases.items()
+    }
+    assert {name: [each["alive"] for each in ranks] for name, ranks in found.items()} == foretold
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -88,6 +88,15 @@ CASES: dict[str, Case] = {
     ),
     "pp2-cp2": Case(4, PIPE, 2, {"pp": 2, "cp": 2}, documents=True),
     "pp2-cp2-zbv": Case(4, PIPE, 2, {"pp": 2, "cp": 2, "virtual_stages": 2, "schedule": "zbv"}, documents=True),
+    "pp2-tp2-zb-sp": Case(
+        4, PIPE, 2, {"pp": 2, "tp": 2, "virtual_stages": 2, "schedule": "zb", "sequence_parallel": True}, z_loss=1e-2
+    ),
+    "cp2-tp2-kv1-sp": Case(
+        4, {**SMALL, "kv_heads": 1}, 2, {"cp": 2, "tp": 2, "sequence_parallel": True}, documents=True
+    ),
+    "dp2-tp2-sharded-sp": Case(
+        4, SMALL, 2, {"tp": 2, "sequence_parallel": True, "sharded_optimizer": True}, documents=True
+    ),
 }
 
 
