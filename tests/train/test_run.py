@@ -313,6 +313,22 @@ def test_stages_switch_and_resume_as_one_run(tmp_path: Path, prefix: Path) -> No
         assert losses(tmp_path / "run") == losses(whole)
 
 
+@pytest.mark.parametrize("layout", ["parallel.pp=2", "parallel.cp=2", "parallel.tp=1"])
+def test_stages_switch_at_any_layout(tmp_path: Path, prefix: Path, layout: str) -> None:
+    """Also the evaluation, which keeps its samples."""
+    switch = {"from_step": 2, "seq_len": 16, "global_batch_size": 4, "micro_batch_size": 1}
+    data = {"stages": [switch], "document_mask": True}
+    found = []
+    for name, ranks in (("one", 1), ("two", 2)):
+        path = config(tmp_path, prefix, name=name, data=data, train={"steps": 4, "precision": "fp64", "device": "cpu"})
+        settings = ["train.eval_every=2", "train.eval_samples=8", "optim.decay_steps=0"]
+        train(path, *settings, *([layout] if ranks == 2 else []), ranks=ranks)
+        rows = read_rows(tmp_path / name / "metrics.jsonl")
+        found.append([row[key] for row in rows for key in ("loss", "grad_norm", "tokens", "valid_loss") if key in row])
+    assert len(found[0]) == 4 * 3 + 2
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+
+
 def test_weights_can_start_another_run(tmp_path: Path, prefix: Path, whole: Path) -> None:
     path = config(tmp_path, prefix, name="tuned", checkpoint={"load": str(whole)})
     train(path, "train.steps=2", "optim.decay_steps=0", "optim.warmup_steps=0")
