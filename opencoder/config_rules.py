@@ -57,10 +57,10 @@ def phases(config: Config) -> list[Phase]:
 def validate(config: Config, world_size: int) -> None:
     """Every rule between fields, for a job of `world_size` processes. Raises ConfigError (value, limit, remedy)."""
     _check_available(config)
+    _check_model(config)
     _check_length(config)
     _check_stages(config, data_parallel_size(config, world_size))
     _check_fim(config)
-    _check_model(config)
     _check_tensor_parallel(config)
     _check_context(config)
     _check_recompute(config)
