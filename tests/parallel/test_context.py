@@ -192,7 +192,7 @@ def one_step(rank: int, world: int, targets: list[list[int]], kind: ContextAtten
         for i in range(SAMPLES)
     ]
     step = TrainStep(model, optimizer, mesh, device=CPU)
-    before = step.evaluate(batches)
+    before = step.evaluate([batches])
     result = step.update(batches, lr=1e-3)
     gradients = {key: state[0] for key, state in optimizer.state_tensors().items() if "exp_avg." in key}
     assert len(gradients) == len(named_parameters(model))

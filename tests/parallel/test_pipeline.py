@@ -190,9 +190,9 @@ def model_through(rank: int, world: int, settings: dict[str, Any], what: str, re
     if what == "bf16":
         step.update(batches(), lr=1e-3)
         return {key: state["exp_avg"] for key, state in optimizer.state.items()}
-    losses = [step.evaluate(batches()[:1])]  # fewer micro-batches than stages
+    losses = [step.evaluate([batches()[:1]])]  # fewer micro-batches than stages
     for _ in range(2):
-        losses += [step.update(batches(), lr=1e-2).loss, step.evaluate(batches()[:3]), step.evaluate(batches())]
+        losses += [step.update(batches(), lr=1e-2).loss, step.evaluate([batches()[:3]]), step.evaluate([batches()])]
     return [float(loss) for loss in losses]
 
 
