@@ -159,7 +159,7 @@ def test_an_import_holds_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_header_is_what_the_library_reads(tmp_path: Path) -> None:
-    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(5.0)}
+    tensors = {"a": torch.arange(6, dtype=torch.float32).view(2, 3), "b": torch.arange(5, dtype=torch.float32)}
     with open(tmp_path / "x.safetensors", "wb") as file:
         hf_export.write_header(file, {k: tuple(t.shape) for k, t in tensors.items()}, torch.float32)
         for tensor in tensors.values():
