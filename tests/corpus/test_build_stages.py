@@ -17,6 +17,7 @@ import pytest
 from opencoder.config import load_corpus_config
 from opencoder.corpus import dedup
 from opencoder.corpus.build import build_corpus
+from opencoder.corpus.stages.near import PAIR_CHARS, compare
 from opencoder.corpus.stages.shards import texts_at
 from opencoder.errors import ConfigError, DataError, UserError
 
@@ -140,6 +141,23 @@ def test_the_value_of_a_near_duplicate_is_its_true_similarity(shard_bytes: int, 
     assert (example["excerpt"], example["kept_excerpt"]) == tuple(
         files[example[name]][:1500] for name in ("path", "kept_path")
     )
+
+
+def test_near_duplicates_are_compared_with_kept_files_in_any_order(tmp_path: Path) -> None:
+    """Row groups of two, the kept files asked for from the last to the first, one of them twice."""
+    texts = [good(n) for n in range(7)]
+    schema = pa.schema([("text", pa.large_string())])
+    with pq.ParquetWriter(tmp_path / "kept.parquet", schema) as writer:
+        for n in range(0, 7, 2):
+            writer.write_table(pa.table({"text": texts[n : n + 2]}, schema=schema))
+    places = [6, 4, 4, 3, 0]
+    near = [{"place": i, "kept_file": "kept.parquet", "kept_place": n, "jaccard": None} for i, n in enumerate(places)]
+    mine = [texts[n] + f"# {i} {i * 3}\n" for i, n in enumerate(places)]
+    compare(near, mine, tmp_path, 5)
+    assert [row["jaccard"] for row in near] == [
+        pytest.approx(dedup.jaccard(a, texts[n], 5), abs=1e-8) for a, n in zip(mine, places, strict=True)
+    ]
+    assert [row["kept_excerpt"] for row in near] == [texts[n][: 2 * PAIR_CHARS] for n in places]
 
 
 def test_a_damaged_page_of_another_shard_is_noticed(tmp_path: Path) -> None:
