@@ -16,10 +16,12 @@ from opencoder.data import tokenizer as tok
 from opencoder.data.cache import IndexCache
 from opencoder.data.fim import Fim, FimIds
 from opencoder.data.gpt import GPTDataset
+from opencoder.data.groups import GroupNames
 from opencoder.data.indexed import IndexedDataset
 from opencoder.data.lm import BlendedDataset, build_lm_dataset
 from opencoder.data.loader import BatchLoader, MicroBatch
 from opencoder.errors import ConfigError
+from opencoder.parallel.layout import stage_ranks
 from opencoder.parallel.mesh import Mesh
 
 from .stages import Settings, Stage, asked_settings, from_records, plan
@@ -71,8 +73,11 @@ def _fim(config: Config) -> Fim | None:
 class TrainingData:
     """The datasets of all stages that are not over at `step`; their indices are made or found here."""
 
-    def __init__(self, config: Config, stages: Sequence[Stage], mesh: Mesh, *, step: int) -> None:
-        self.config, self.mesh = config, mesh
+    def __init__(
+        self, config: Config, stages: Sequence[Stage], mesh: Mesh, *, step: int, pin_memory: bool = False
+    ) -> None:
+        """`pin_memory`: batches lie in memory that a GPU can copy from on its own."""
+        self.config, self.mesh, self.pin_memory = config, mesh, pin_memory
         self.stages = [stage for stage in stages if stage.end > step]
         cache = _index_cache(config.data.cache_dir)
         self.datasets = [_dataset(stage.settings, stage.num_samples, stage.seed, TRAIN, cache) for stage in self.stages]
@@ -91,9 +96,17 @@ class TrainingData:
                 end_sample=stage.steps * stage.settings.global_batch_size,
                 document_mask=stage.settings.document_mask,
                 workers=self.config.data.workers,
+                text=_needs_text(self.config, self.mesh),
+                pin_memory=self.pin_memory,
             )
             for micro_batches in loader:
                 yield stage, micro_batches
+
+    def group_names(self, stage: Stage) -> GroupNames:
+        """The groups that the losses of the stage can be told by."""
+        names = self.datasets[self.stages.index(stage)].group_names
+        assert names is not None
+        return names
 
     def achieved(self, stage: Stage) -> list[float]:
         """Share of the stage's samples, all of equal length, that come from each dataset of its blend."""
@@ -116,6 +129,12 @@ class TrainingData:
             f"data: steps {stage.first_step + 1} to {stage.end}, {settings.global_batch_size} × {settings.seq_len} "
             f"tokens, achieved of asked: {blend}"
         )
+
+
+def _needs_text(config: Config, mesh: Mesh) -> bool:
+    """Whether this rank has the embedding or the head; one between them needs the bounds of documents alone."""
+    ranks = stage_ranks(config.parallel.schedule, mesh.pp.size, config.parallel.virtual_stages)
+    return mesh.pp.rank in (ranks[0], ranks[-1])
 
 
 def _micro_batch_size(config: Config, step: int) -> int:
@@ -144,6 +163,7 @@ def _dataset(
         part=part,
         cache=cache,
         fim=replace(settings.fim, seed=seed) if settings.fim is not None and part == TRAIN else None,
+        groups=part == TRAIN,
     )
 
 
@@ -154,7 +174,7 @@ def _index_cache(folder: str | None) -> IndexCache:
     return IndexCache(folder, rank=rank, ranks=ranks)
 
 
-def validation_loader(config: Config, mesh: Mesh) -> BatchLoader | None:
+def validation_loader(config: Config, mesh: Mesh, *, pin_memory: bool = False) -> BatchLoader | None:
     """The evaluation samples, a few micro-batches at a time: one on each rank, or as many as fill a pipeline, if that
     comes out even. None if the configuration asks for no evaluation."""
     if config.train.eval_every is None:
@@ -181,4 +201,6 @@ def validation_loader(config: Config, mesh: Mesh) -> BatchLoader | None:
         dp_rank=mesh.dp.rank,
         dp_size=mesh.dp.size,
         document_mask=data.document_mask,
+        text=_needs_text(config, mesh),
+        pin_memory=pin_memory,
     )
