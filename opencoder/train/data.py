@@ -108,27 +108,54 @@ class TrainingData:
         assert names is not None
         return names
 
-    def achieved(self, stage: Stage) -> list[float]:
-        """Share of the stage's samples, all of equal length, that come from each dataset of its blend."""
-        dataset = self.datasets[self.stages.index(stage)]
-        if isinstance(dataset, GPTDataset):
-            return [1.0]
-        used = dataset.member[: stage.steps * stage.settings.global_batch_size]
-        counts = np.bincount(used, minlength=len(stage.settings.blend))
-        return [float(n) / len(used) for n in counts]
+    def account(self, stage: Stage, step: int) -> dict[str, Any]:
+        """What the stage reads up to `step`: of each dataset of its blend the tokens, and their share as asked and achieved."""
+        dataset, settings = self.datasets[self.stages.index(stage)], stage.settings
+        steps = min(step, stage.end) - stage.first_step
+        samples = steps * settings.global_batch_size
+        counts = [samples]
+        if not isinstance(dataset, GPTDataset):
+            counts = np.bincount(dataset.member[:samples], minlength=len(settings.blend)).tolist()
+        total = sum(source.weight for source in settings.blend)
+        sources = [
+            {
+                "prefix": source.prefix,
+                "tokens": n * settings.seq_len,
+                "asked": source.weight / total,
+                "achieved": n / samples,
+            }
+            for source, n in zip(settings.blend, counts, strict=True)
+        ]
+        return {"first_step": stage.first_step, "steps": steps, "sources": sources}
+
+    def accounts(self, step: int, earlier: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of all stages begun before `step`; of the ones that are not open here as they stand in `earlier`."""
+        begun = [stage for stage in self.stages if stage.first_step < step]
+        first = min((stage.first_step for stage in self.stages), default=step)
+        return [each for each in earlier if each["first_step"] < first] + [self.account(stage, step) for stage in begun]
 
     def describe(self, stage: Stage) -> str:
-        """One line: steps, shape, and the blend as asked and as achieved."""
+        """One line before the stage: steps, shape, and the blend as asked and as it will be."""
         settings = stage.settings
-        total = sum(source.weight for source in settings.blend)
-        blend = ", ".join(
-            f"{source.prefix} {share:.3%} of {source.weight / total:.3%}"
-            for source, share in zip(settings.blend, self.achieved(stage), strict=True)
-        )
         return (
             f"data: steps {stage.first_step + 1} to {stage.end}, {settings.global_batch_size} × {settings.seq_len} "
-            f"tokens, achieved of asked: {blend}"
+            f"tokens, achieved of asked: {_blend_text(self.account(stage, stage.end))}"
         )
+
+    def describe_end(self, stage: Stage) -> str:
+        """One line after it: what was read."""
+        account = self.account(stage, stage.end)
+        tokens = sum(source["tokens"] for source in account["sources"])
+        return (
+            f"data: steps {stage.first_step + 1} to {stage.end} read {tokens:,} tokens, achieved of asked: "
+            f"{_blend_text(account)}"
+        )
+
+
+def _blend_text(account: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{source['prefix']} {source['achieved']:.3%} of {source['asked']:.3%}" for source in account["sources"]
+    )
 
 
 def _needs_text(config: Config, mesh: Mesh) -> bool:

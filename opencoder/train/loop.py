@@ -112,6 +112,7 @@ class Trainer:
             return
         if self.skipping is not None:
             state.guard = self.skipping.guard.state()
+        state.blends = self.data.accounts(state.step, state.blends)
         tokenizer = self.config.data.tokenizer
         self.save_wait_s += self.saver.save(
             state.step,
@@ -207,6 +208,8 @@ class Trainer:
             row |= losses_by_group(result.by_group, groups)
         if self.skipping is not None:
             row["skipped"] = self.skipping.note(result)
+        if state.step == stage.end:
+            self._say(self.data.describe_end(stage))
         every = self.config.train.eval_every
         step_s = time.perf_counter() - start
         if self.validation is not None and (state.step == self.total_steps or state.step % (every or 1) == 0):
