@@ -75,7 +75,6 @@ def _check_available(config: Config) -> None:
     missing = {
         f"model.head.kind={config.model.head.kind}": config.model.head.kind != "vocab",
         f"data.kind={d.kind}": d.kind != "lm",
-        f"train.recompute={t.recompute}": "norm" in t.recompute.modules,
         "train.skip.on_stop=rewind": t.skip is not None and t.skip.on_stop != "stop",
         f"train.timeout_s={t.timeout_s:g}": t.timeout_s != 600,
         f"train.memory_check={t.memory_check}": t.memory_check != "warn",
@@ -144,7 +143,8 @@ def _check_recompute(config: Config) -> None:
         )
     if chosen is not None and not config.train.recompute.modules:
         raise ConfigError(
-            f"train.recompute.layers={chosen} without modules is without effect: add modules: [full], or some of attention and mlp"
+            f"train.recompute.layers={chosen} without modules is without effect: add modules: [full], or some of "
+            "attention, mlp and norm"
         )
 
 

@@ -120,7 +120,6 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
             "data.seq_len=128 cannot be cut in 2·cp chunks with parallel.cp=3: set it to a multiple of 6",
         ),
         (["train.skip={on_stop: rewind}"], 1, "train.skip.on_stop=rewind is not available"),
-        (["train.recompute=norm"], 1, "train.recompute=norm is not available"),
         (
             ["train.recompute={modules: [mlp], layers: 9}"],
             1,

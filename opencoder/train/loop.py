@@ -22,6 +22,7 @@ from opencoder.errors import ConfigError, Failure
 from opencoder.files import write_text
 from opencoder.model.decoder import Decoder, Part, named_parameters, parameter_count
 from opencoder.model.initialise import build_model
+from opencoder.model.recompute import OPERATORS
 from opencoder.optim.base import Optimizer
 from opencoder.optim.build import build_optimizer
 from opencoder.optim.schedule import lr_at
@@ -74,7 +75,7 @@ class Trainer:
         guard = self._stop_if_not_finite if self.skipping is None else self.skipping.guard
         runner = None
         if isinstance(self.model, Chunks):
-            again = bool(t.recompute.modules)
+            again = bool(set(t.recompute.modules) - OPERATORS)
             runner = PipelineRunner(self.model, self.optimizer, mesh, config.parallel, device=device, recompute=again)
         self.train_step = TrainStep(self.model, self.optimizer, mesh, device=device, runner=runner, guard=guard)
         self.total_steps = t.total_steps()
