@@ -316,6 +316,9 @@ class CheckpointConfig(Branch):
     schedule."""
     seed: bool = False
     """Write the checkpoint of step 0, from which any layout starts, and end."""
+    check_replicas: bool = True
+    """Compare before every save what several ranks hold alike, bit by bit, and end the run if it differs. Costs a hash of a rank's
+    share, in the background with async_save."""
 
 
 class LogConfig(Branch):
