@@ -243,7 +243,9 @@ class TrainConfig(Branch):
     """When the estimate exceeds the free memory (refuse: not available yet)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
-    """Ask torch for deterministic algorithms and fail where there is none."""
+    """The same bits every time on the same layout and machine: torch's deterministic algorithms, an error where an operator has
+    none, and a fixed workspace for cuBLAS (CUBLAS_WORKSPACE_CONFIG=:4096:8). With or without it seeds are fixed and our kernels
+    add nothing atomically; what NCCL does is not tested."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per process; default: cores / processes on this machine."""
     eval_every: int | None = Field(None, ge=1)

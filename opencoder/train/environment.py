@@ -46,7 +46,7 @@ def environment(config: Config) -> Iterator[tuple[Mesh, torch.device]]:
     """Process group, mesh, device, threads and seeds of this process; the process group is closed at the end."""
     device = pick_device(config.train)
     _set_threads(config.train, device)
-    _set_determinism(config.train)
+    set_determinism(config.train)
     if world_size() > 1:
         start_processes(device.type, timeout_s=TIMEOUT_S)
     try:
@@ -69,7 +69,8 @@ def _set_threads(config: TrainConfig, device: torch.device) -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _set_determinism(config: TrainConfig) -> None:
+def set_determinism(config: TrainConfig) -> None:
+    """Seeds, and what `train.deterministic` asks for. Comes before CUDA starts, which reads the cuBLAS setting once."""
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)  # noqa: NPY002  libraries that use the global state must not differ between runs
     torch.manual_seed(config.seed)
