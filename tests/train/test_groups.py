@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from opencoder.config import Config
+from opencoder.data.indexed import IndexedDataset
 from opencoder.model.initialise import build_model
 from opencoder.parallel.mesh import Mesh, create_mesh
 from opencoder.train.data import TrainingData, plan_stages
@@ -53,8 +54,15 @@ def tree(folder: Path) -> dict[str, Any]:
 def trained(rank: int, world: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
     config = Config.model_validate(settings)
     p = config.parallel
-    Trainer(config, create_mesh(tp=p.tp, pp=p.pp, cp=p.cp), CPU).run()
+    mesh = create_mesh(tp=p.tp, pp=p.pp, cp=p.cp)
+    if 0 < mesh.pp.rank < mesh.pp.size - 1:
+        IndexedDataset.get = no_tokens  # type: ignore[method-assign]
+    Trainer(config, mesh, CPU).run()
     return read_rows(Path(config.run_dir) / "metrics.jsonl")
+
+
+def no_tokens(*_: Any) -> Any:
+    raise AssertionError("a rank between the ends of the pipeline reads tokens")
 
 
 def expected(settings: dict[str, Any]) -> dict[str, Any]:
@@ -87,6 +95,7 @@ def test_losses_by_group_are_those_of_whole_logits_at_every_layout(tmp_path: Pat
     found = run_cases(trained, 1, {"one": (settings,)})
     cases = {n: ({**settings, "run_dir": str(tmp_path / n), "parallel": p},) for n, p in LAYOUTS.items()}
     found |= run_cases(trained, 2, cases)
+    found |= run_cases(trained, 4, {"pp4": ({**settings, "run_dir": str(tmp_path / "pp4"), "parallel": {"pp": 4}},)})
     for name, ranks in found.items():
         first, second = ranks[0]
         assert not {"loss_by_source", "loss_by_language"} & set(first), "only every log.every steps"
