@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from .signals import Asked, Signals
 from .skipping import Skipping
 from .stages import Stage
 from .state import restore, tensors_of
-from .step import TrainStep
+from .step import Guard, TrainStep
 
 log = logging.getLogger("opencoder")
 
@@ -64,11 +65,12 @@ class Trainer:
         """Seconds that training has waited for checkpoints since the last row of metrics."""
         self.state = restore(config, self.model, self.optimizer, mesh, say=self._say)
         self.skipping = Skipping(config, self.state, mesh, device) if t.skip is not None else None
-        guard = self._stop_if_not_finite if self.skipping is None else self.skipping.guard
+        check: Guard = self._stop_if_not_finite if self.skipping is None else self.skipping.guard
         runner = None
         if isinstance(self.model, Chunks):
             again = bool(t.recompute.modules)
             runner = PipelineRunner(self.model, self.optimizer, mesh, config.parallel, device=device, recompute=again)
+        guard = partial(self._before_update, check)
         self.train_step = TrainStep(self.model, self.optimizer, mesh, device=device, runner=runner, guard=guard)
         self.total_steps = t.total_steps()
         self.stage: Stage | None = None
@@ -209,6 +211,11 @@ class Trainer:
         flops = flops_per_token(self.config.model, self.parameters, seq_len) * row["tokens_per_s"]
         row["mfu"] = flops / (peak_tflops * 1e12 * self.mesh.world.size)
         return row
+
+    def _before_update(self, guard: Guard, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor | None:
+        """Gradients are there, weights are about to change: a save that still copies them comes first."""
+        self.save_wait_s += self.saver.wait_staged()
+        return guard(loss, grad_norm)
 
     def _stop_if_not_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
