@@ -29,6 +29,8 @@ class Case:
     documents: bool = False
     """Samples are cut in documents that do not see one another."""
     z_loss: float = 0.0
+    recompute: str = "none"
+    """As train.recompute."""
 
     @property
     def truth(self) -> Case:
@@ -100,9 +102,9 @@ CASES: dict[str, Case] = {
 }
 
 
-def micro_batches(case: Case, vocab: int, dp_rank: int, dp_size: int) -> list[MicroBatch]:
-    """This rank's share of the global batch, cut as the loader cuts it (data/loader.py)."""
-    tokens, labels = batch(vocab, SAMPLES, LENGTH)
+def micro_batches(case: Case, vocab: int, dp_rank: int, dp_size: int, *, seed: int = 0) -> list[MicroBatch]:
+    """This rank's share of a global batch, cut as the loader cuts it (data/loader.py)."""
+    tokens, labels = batch(vocab, SAMPLES, LENGTH, seed=seed)
     b = case.micro_batch
     found = []
     for begin in range(dp_rank * b, SAMPLES, b * dp_size):
