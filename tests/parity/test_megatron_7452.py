@@ -256,7 +256,7 @@ def left_alone(rank: int, world: int) -> list[bool]:
     tp = create_mesh(tp=world).tp
     own = torch.full((2, 3), float(1 + rank), dtype=torch.float64)
     x, gradient = own.clone().requires_grad_(), own.clone()
-    torch.autograd.grad(copy_to_group(x, tp) * 1.0, x, gradient)
+    torch.autograd.grad(copy_to_group(x, tp), x, gradient)
     reduced = own.clone()
     summed = reduce_from_group(reduced, tp)
     hidden, weight, targets = head_inputs()
