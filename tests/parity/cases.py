@@ -29,11 +29,15 @@ class Case:
     documents: bool = False
     """Samples are cut in documents that do not see one another."""
     z_loss: float = 0.0
+    recompute: str = "none"
+    """As train.recompute."""
+    targets: tuple[tuple[int, ...], ...] | None = None
+    """Of each sample the positions whose labels count, none for samples beyond these; None: as `batch` masks them."""
 
     @property
     def truth(self) -> Case:
         """The same model and batch in one process, whole."""
-        return Case(1, self.base, SAMPLES, documents=self.documents, z_loss=self.z_loss)
+        return Case(1, self.base, SAMPLES, documents=self.documents, z_loss=self.z_loss, targets=self.targets)
 
 
 CASES: dict[str, Case] = {
@@ -100,9 +104,11 @@ CASES: dict[str, Case] = {
 }
 
 
-def micro_batches(case: Case, vocab: int, dp_rank: int, dp_size: int) -> list[MicroBatch]:
-    """This rank's share of the global batch, cut as the loader cuts it (data/loader.py)."""
-    tokens, labels = batch(vocab, SAMPLES, LENGTH)
+def micro_batches(case: Case, vocab: int, dp_rank: int, dp_size: int, *, seed: int = 0) -> list[MicroBatch]:
+    """This rank's share of a global batch, cut as the loader cuts it (data/loader.py)."""
+    tokens, labels = batch(vocab, SAMPLES, LENGTH, seed=seed)
+    if case.targets is not None:
+        labels = _counted_alone(tokens, case.targets)
     b = case.micro_batch
     found = []
     for begin in range(dp_rank * b, SAMPLES, b * dp_size):
@@ -110,6 +116,15 @@ def micro_batches(case: Case, vocab: int, dp_rank: int, dp_size: int) -> list[Mi
         bounds, longest = (_bounds(range(begin, begin + b)), LENGTH) if case.documents else (None, None)
         found.append(MicroBatch(tokens[rows], labels[rows], bounds, longest))
     return found
+
+
+def _counted_alone(tokens: torch.Tensor, targets: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """The next token at the positions of `targets`, elsewhere −100."""
+    labels = torch.full_like(tokens, -100)
+    for sample, positions in enumerate(targets):
+        for at in positions:
+            labels[sample, at] = tokens[sample, (at + 1) % LENGTH]
+    return labels
 
 
 def _bounds(samples: range) -> torch.Tensor:
