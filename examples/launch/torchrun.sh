@@ -20,7 +20,8 @@ For several nodes, the same on all but LOCAL_ADDR:
   NNODES              nodes of the job, a whole number (default 1)
   RDZV_ENDPOINT       HOST or HOST:PORT of the node where all meet; the port is 29500 unless told
   RDZV_ID             name of the job, where several meet at one endpoint (default opencoder)
-  LOCAL_ADDR          address of this node for the others (default: what its host name resolves to)
+  LOCAL_ADDR          address of this node for the others (default: what its host name resolves to); on the node where all
+                      meet, written as in RDZV_ENDPOINT
   JOIN_TIMEOUT_S      seconds to wait for all nodes, at the start and after one is lost (default 1800)
 
 Signals: SIGTERM or Ctrl-C saves and stops, SIGUSR1 saves and goes on. Exit status: 0 done, 2 a mistake in the call or the
@@ -72,9 +73,17 @@ else
     [[ -n ${RDZV_ENDPOINT-} ]] ||
         fail "NNODES=$NNODES needs RDZV_ENDPOINT=HOST:PORT, the same on all nodes: one of them, and a free port on it"
     [[ $RDZV_ENDPOINT == *:* ]] || RDZV_ENDPOINT+=:29500
-    options+=(--rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-opencoder}"
-        --rdzv-conf "join_timeout=$JOIN_TIMEOUT_S")
-    [[ -z ${LOCAL_ADDR-} ]] || options+=(--local-addr "$LOCAL_ADDR")
+    options+=(--rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-opencoder}")
+    conf=join_timeout=$JOIN_TIMEOUT_S
+    if [[ -n ${LOCAL_ADDR-} ]]; then
+        options+=(--local-addr "$LOCAL_ADDR")
+        # Torch takes a node for the meeting place if its host name resolves to the endpoint: not so with several networks.
+        [[ $LOCAL_ADDR != "${RDZV_ENDPOINT%:*}" ]] || conf+=,is_host=true
+    fi
+    options+=(--rdzv-conf "$conf")
+    # Else the agent of rank 0 tells where its store is at the first meeting only, and a node that comes in place of a lost one
+    # waits for it in vain (torch 2.13).
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 
 # torchrun starts workers again whatever they failed of, so a mistake in the configuration is found here, once.
@@ -82,16 +91,27 @@ if ((CHECK)); then
     "$PYTHON" -m opencoder.train "$@" --dry-run --world-size $((NNODES * NPROC_PER_NODE)) >/dev/null || exit
 fi
 
-# Slurm sends a signal to every process of a step. SIGUSR1 is for the workers, who have a handler for it: torchrun, and workers
-# that have not come so far, must not die of it, and what is ignored here is ignored there.
-(
-    trap '' USR1
-    exec "$PYTHON" -m torch.distributed.run "${options[@]}" -m opencoder.train "$@"
-) &
-agent=$!
+# The agent and workers that have not come so far as to handle SIGUSR1 must not die of it: what is ignored here is ignored there.
+start() {
+    (
+        trap '' USR1
+        exec "$PYTHON" -m torch.distributed.run "${options[@]}" -m opencoder.train "$@"
+    ) &
+    agent=$!
+}
+
 interrupted=1
-trap 'interrupted=1; kill -TERM "$agent" 2>/dev/null || true' TERM INT
-trap 'interrupted=1; pkill -USR1 -P "$agent" || true' USR1
+if [[ -n ${SLURM_STEP_ID-} ]]; then
+    # Slurm itself signals every process of a step, and an agent that gets SIGTERM twice leaves its workers.
+    trap 'interrupted=1' TERM USR1
+    start "$@"
+else
+    set -m # a process group of its own, so that Ctrl-C comes here alone: torchrun would not let the workers save
+    start "$@"
+    set +m
+    trap 'interrupted=1; kill -TERM "$agent" 2>/dev/null || true' TERM INT
+    trap 'interrupted=1; pkill -USR1 -P "$agent" || true' USR1
+fi
 
 while ((interrupted)); do # a signal ends `wait` before the agent has ended
     interrupted=0
