@@ -81,6 +81,25 @@ def test_a_killed_worker_is_started_again_and_nothing_differs(tmp_path: Path, pr
     assert same_checkpoints(*names)
 
 
+@pytest.mark.slow
+def test_the_launch_script_saves_at_ctrl_c(tmp_path: Path, prefix: Path) -> None:  # noqa: F811
+    path = config(tmp_path, prefix, train={"steps": 2000}, checkpoint={"every": 2000})
+    with subprocess.Popen(
+        [LAUNCHER, path],
+        env=os.environ | {"NPROC_PER_NODE": "2", "CHECK": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the foreground
+    assert process.returncode == 1  # torchrun's own status
+    assert 3 <= folders.step_of(folders.resolve(tmp_path / "run")) < 2000
+
+
 def test_a_mistake_of_the_user_says_that_torchrun_goes_on_in_vain(
     tmp_path: Path,
     prefix: Path,  # noqa: F811
