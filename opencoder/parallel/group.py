@@ -6,6 +6,7 @@ process group is needed, so every layer runs in a plain unit test."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+from .meeting import store_of_torchrun
 
 Op = Literal["sum", "max", "min"]
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -284,7 +287,13 @@ def _sum_in_order(parts: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Ten
 
 def start_processes(device_type: str, *, timeout_s: float) -> None:
     """Set up the default process group from torchrun's variables: nccl on CUDA, gloo on the CPU."""
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+    backend, timeout = "nccl" if device_type == "cuda" else "gloo", timedelta(seconds=timeout_s)
+    store = store_of_torchrun(timeout_s=timeout_s)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def stop_processes() -> None:
