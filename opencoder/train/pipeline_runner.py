@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from opencoder.optim.base import Optimizer
 from opencoder.parallel.layout import balanced_layout, cut, stage_ranks
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.pipeline import Pipeline, Shapes
+from opencoder.parallel.placement import placement_of
 
 from .step import groups_of, inputs_of
 from .totals import Totals
@@ -51,8 +53,12 @@ class Chunks(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
+        seen: set[nn.Parameter] = set()  # a tied matrix may stand in two stages
         for part in self.stages.values():
-            yield from part.named_parameters(prefix, recurse, remove_duplicate)
+            for name, parameter in part.named_parameters(prefix, recurse, remove_duplicate):
+                if parameter not in seen or not remove_duplicate:
+                    seen.add(parameter)
+                    yield name, parameter
 
 
 def models_of(model: nn.Module) -> list[nn.Module]:
@@ -66,7 +72,12 @@ def build_chunks(
     """The stages of this rank; `build` makes one part of the model."""
     ranks = stage_ranks(parallel.schedule, mesh.pp.size, parallel.virtual_stages)
     parts = parts_of(model, parallel, seq_len=seq_len)
-    return Chunks({stage: build(part) for stage, part in enumerate(parts) if ranks[stage] == mesh.pp.rank})
+    stages = {stage: build(part) for stage, part in enumerate(parts) if ranks[stage] == mesh.pp.rank}
+    first, last = stages.get(0), stages.get(len(parts) - 1)
+    if model.tie_embeddings and first is not None and last is not None:  # both ends here: one matrix
+        last.embed_tokens = first.embed_tokens
+        last.lm_head.weight = first.embed_tokens.weight
+    return Chunks(stages)
 
 
 class PipelineRunner:
@@ -90,6 +101,11 @@ class PipelineRunner:
         """The one of this rank that may have the head."""
         self.modules = {number: _Stage(part) for number, part in model.stages.items()}
         self.keys = {number: list(named_parameters(part)) for number, part in model.stages.items()}
+        held = Counter(key for keys in self.keys.values() for key in keys)
+        tied = {key for key, p in named_parameters(model).items() if "embed" in placement_of(p).grad_sum_axes}
+        tied |= {key for key, n in held.items() if n > 1}
+        # A tied matrix is complete only when both ends are done, and reduced when the schedule is over.
+        self.complete_keys = {stage: [key for key in keys if key not in tied] for stage, keys in self.keys.items()}
         self.dtype = next(model.parameters()).dtype
         self._pipelines: dict[bool, tuple[tuple[int, torch.Size], Pipeline]] = {}
         """Of training and of evaluation: number and shape of the micro-batches it was made for, and the pipeline."""
@@ -147,7 +163,7 @@ class PipelineRunner:
                 pp=self.mesh.pp,
                 device=self.device,
                 accumulated=lambda stage: self.optimizer.fold_gradients(self.keys[stage]),
-                complete=lambda stage: self.optimizer.start_reduction(self.keys[stage]),
+                complete=lambda stage: self.optimizer.start_reduction(self.complete_keys[stage]),
                 split_backward=not self.recompute,
             )
             self._pipelines[train] = found = kind, made
