@@ -321,7 +321,7 @@ class LogConfig(Branch):
     """What is told while training."""
 
     every: int = Field(1, ge=1)
-    """Steps between console lines and TensorBoard points; metrics.jsonl has every step."""
+    """Steps between console lines and TensorBoard points, and between losses by source and language; metrics.jsonl has every step."""
     tensorboard: bool = True
     wandb: bool = False
     """Needs the extra `wandb`."""

@@ -30,7 +30,14 @@ from opencoder.parallel.mesh import Mesh
 
 from .data import TrainingData, validation_loader
 from .environment import DTYPES
-from .metrics import MFU_CONVENTION, MetricsLog, flops_per_token, measure_gemm_tflops, peak_memory_gib
+from .metrics import (
+    MFU_CONVENTION,
+    MetricsLog,
+    flops_per_token,
+    losses_by_group,
+    measure_gemm_tflops,
+    peak_memory_gib,
+)
 from .pipeline_runner import Chunks, PipelineRunner, build_chunks, models_of
 from .preflight import check_inputs
 from .signals import Asked, Signals
@@ -74,8 +81,9 @@ class Trainer:
         self.train_step = TrainStep(self.model, self.optimizer, mesh, device=device, runner=runner, guard=guard)
         self.total_steps = t.total_steps()
         self.stage: Stage | None = None
-        self.data = TrainingData(config, self.state.stages, mesh, step=self.state.step)
-        self.validation = validation_loader(config, mesh)
+        pin_memory = device.type == "cuda"
+        self.data = TrainingData(config, self.state.stages, mesh, step=self.state.step, pin_memory=pin_memory)
+        self.validation = validation_loader(config, mesh, pin_memory=pin_memory)
         self.parameters = parameter_count(config.model)
 
     def _build(self) -> Decoder | Chunks:
@@ -106,6 +114,7 @@ class Trainer:
             return
         if self.skipping is not None:
             state.guard = self.skipping.guard.state()
+        state.blends = self.data.accounts(state.step, state.blends)
         tokenizer = self.config.data.tokenizer
         self.save_wait_s += self.saver.save(
             state.step,
@@ -188,14 +197,21 @@ class Trainer:
             self._say(self.data.describe(stage))
         self.mesh.records.step = state.step + 1
         lr = lr_at(state.step, self.config.optim, self.total_steps)
-        result = self.train_step.update(micro_batches, lr=lr)
+        groups = self.data.group_names(stage) if (state.step + 1) % self.config.log.every == 0 else None
+        result = self.train_step.update(micro_batches, lr=lr, groups=len(groups) if groups is not None else 0)
         state.step += 1
         seq_len, samples = stage.settings.seq_len, stage.settings.global_batch_size
         state.tokens += seq_len * samples
         row: dict[str, Any] = {"step": state.step, "loss": float(result.loss), "grad_norm": float(result.grad_norm)}
         row |= {"lr": lr, "tokens": state.tokens}
+        if self.config.train.z_loss and result.z_loss is not None:
+            row["z_loss"] = float(result.z_loss)
+        if groups is not None and result.by_group is not None:
+            row |= losses_by_group(result.by_group, groups)
         if self.skipping is not None:
             row["skipped"] = self.skipping.note(result)
+        if state.step == stage.end:
+            self._say(self.data.describe_end(stage))
         every = self.config.train.eval_every
         step_s = time.perf_counter() - start
         if self.validation is not None and (state.step == self.total_steps or state.step % (every or 1) == 0):

@@ -42,6 +42,8 @@ class RunState:
     """Steps, from 1, whose update was left out."""
     guard: dict[str, Any] | None = None
     """What the guard remembers, as of the newest checkpoint."""
+    blends: list[dict[str, Any]] = field(default_factory=list)
+    """What each begun stage has read of its datasets (train/data.py: account), as of the newest checkpoint."""
 
     def skipped_in_a_row(self) -> int:
         """Steps up to the newest whose update was left out."""
@@ -56,6 +58,7 @@ class RunState:
             "tokens": self.tokens,
             "consumed_samples": consumed_samples(self.stages, self.step),
             "stages": [stage.record() for stage in self.stages],
+            "blends": self.blends,
             "skipped_batches": list(self.skipped),
             "guard": self.guard,
             "forked_from": self.forked_from,
@@ -118,6 +121,7 @@ def restore(
         forked_from=forked_from,
         skipped=saved.get("skipped_batches", []),
         guard=saved.get("guard"),
+        blends=saved.get("blends", []),
     )
 
 
