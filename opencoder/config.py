@@ -237,7 +237,8 @@ class TrainConfig(Branch):
     """Leave out updates that would do harm, and write their batches to RUN/skipped; None: a loss or norm that is not finite
     ends the run."""
     timeout_s: float = Field(600.0, gt=0)
-    """Seconds after which a collective is taken for one that hangs (another value: not available yet)."""
+    """Seconds that a rank may wait in a collective. Then the ranks that are behind are named, and all end. Longer than the slowest
+    save, evaluation and read of a checkpoint."""
     memory_check: Literal["warn", "refuse"] = "warn"
     """When the estimate exceeds the free memory (refuse: not available yet)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
