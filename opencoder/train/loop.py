@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from opencoder import kernels as K
 from opencoder.checkpoint.saver import Saver
 from opencoder.config import Config
-from opencoder.console import ProgressBar
 from opencoder.data.loader import BatchLoader, MicroBatch
 from opencoder.errors import ConfigError, Failure
-from opencoder.files import write_text
 from opencoder.model.decoder import Decoder, Part, named_parameters, parameter_count
 from opencoder.model.initialise import build_model
 from opencoder.optim.base import Optimizer
@@ -29,9 +25,10 @@ from opencoder.parallel.mesh import Mesh
 
 from .data import TrainingData, validation_loader
 from .environment import DTYPES
-from .metrics import MFU_CONVENTION, MetricsLog, flops_per_token, measure_gemm_tflops, peak_memory_gib
+from .metrics import MFU_CONVENTION, flops_per_token, measure_gemm_tflops, peak_memory_gib
 from .pipeline_runner import Chunks, PipelineRunner, build_chunks, models_of
 from .preflight import check_inputs
+from .report import Report
 from .signals import Asked, Signals
 from .skipping import Skipping
 from .stages import Stage
@@ -45,10 +42,10 @@ class Trainer:
     """One run on this rank: builds or resumes it, steps, saves, evaluates."""
 
     def __init__(self, config: Config, mesh: Mesh, device: torch.device) -> None:
-        check_inputs(config)
         self.config, self.mesh, self.device = config, mesh, device
         self.run_dir = Path(config.run_dir)
         self.first_rank = mesh.world.rank == 0
+        check_inputs(config)
         self.dtype = DTYPES[config.train.precision]
         t = config.train
         self.model = self._build()
@@ -126,35 +123,25 @@ class Trainer:
             return
         self._announce()
         signals = Signals()
-        metrics = self._open_metrics() if self.first_rank else None
+        report = Report(self.config, self.mesh, self.device, step=self.state.step)
         peak = self.config.log.peak_tflops or measure_gemm_tflops(self.device, self.dtype)
-        bar = ProgressBar(
-            "train", total=self.total_steps, unit="steps", enabled=self.first_rank and sys.stderr.isatty()
-        )
         batches = self.data.batches(self.state.step)
         try:
-            with bar:
-                bar.advance(self.state.step)
-                while self.state.step < self.total_steps:
-                    row = self._one_step(batches, peak)
-                    if metrics is not None:
-                        metrics.write(row)
-                        bar.advance(1, postfix=f"loss {row['loss']:.4f}")
-                        self._print_row(row)
-                    if self.skipping is not None:
-                        self.skipping.stop_if_too_many()
-                    if self._save_if_due(signals.agree(self.mesh.world, self.device, failed=self.saver.failed)):
-                        self.saver.wait()
-                        self._say(f"stopped at step {self.state.step} as asked; the same command goes on from here")
-                        break
+            while self.state.step < self.total_steps:
+                report.step(self._one_step(batches, peak, report))
+                if self.skipping is not None:
+                    self.skipping.stop_if_too_many()
+                if self._save_if_due(signals.agree(self.mesh.world, self.device, failed=self.saver.failed)):
+                    self.saver.wait()
+                    self._say(f"stopped at step {self.state.step} as asked; the same command goes on from here")
+                    break
             self.saver.wait()
         except BaseException:
             self.saver.abandon()
             raise
         finally:
             signals.restore()
-            if metrics is not None:
-                metrics.close()
+            report.close()
 
     def _save_seed(self) -> None:
         """Initial weights depend on no layout, nor does what is made of them here."""
@@ -176,7 +163,10 @@ class Trainer:
             self.save()
         return asked.stop
 
-    def _one_step(self, batches: Iterator[tuple[Stage, list[MicroBatch]]], peak_tflops: float) -> dict[str, Any]:
+    def _one_step(
+        self, batches: Iterator[tuple[Stage, list[MicroBatch]]], peak_tflops: float, report: Report
+    ) -> dict[str, Any]:
+        """Do the next step; returns its row of metrics, the same on every rank."""
         start = time.perf_counter()
         stage, micro_batches = next(batches)
         data_wait_s = time.perf_counter() - start
@@ -184,8 +174,10 @@ class Trainer:
         if stage is not self.stage:
             self.stage = stage
             self._say(self.data.describe(stage))
-        self.mesh.records.step = state.step + 1
+        records = self.mesh.records
+        records.step = state.step + 1
         lr = lr_at(state.step, self.config.optim, self.total_steps)
+        blocked_before_s = records.blocked_s
         result = self.train_step.update(micro_batches, lr=lr)
         state.step += 1
         seq_len, samples = stage.settings.seq_len, stage.settings.global_batch_size
@@ -194,13 +186,12 @@ class Trainer:
         row |= {"lr": lr, "tokens": state.tokens}
         if self.skipping is not None:
             row["skipped"] = self.skipping.note(result)
-        every = self.config.train.eval_every
         step_s = time.perf_counter() - start
-        if self.validation is not None and (state.step == self.total_steps or state.step % (every or 1) == 0):
-            row["valid_loss"] = self.evaluate(self.validation)
-        communicated = self.mesh.records.take()
-        waits = [step_s, data_wait_s, peak_memory_gib(self.device), communicated.blocked_s]
-        worst = torch.tensor(waits, dtype=torch.float64)
+        mem_gib, busy_s = peak_memory_gib(self.device), step_s - (records.blocked_s - blocked_before_s)
+        report.straggler.add(state.step, busy_s=busy_s, data_wait_s=data_wait_s, mem_gib=mem_gib)
+        row |= self._evaluated()
+        communicated = records.take()
+        worst = torch.tensor([step_s, data_wait_s, mem_gib, communicated.blocked_s], dtype=torch.float64)
         worst = self.mesh.world.all_reduce(worst.to(self.device), "max")
         row["save_wait_s"], self.save_wait_s = self.save_wait_s, 0.0
         row["step_s"], row["data_wait_s"], row["mem_gib"], blocked_s = worst.tolist()
@@ -209,6 +200,13 @@ class Trainer:
         flops = flops_per_token(self.config.model, self.parameters, seq_len) * row["tokens_per_s"]
         row["mfu"] = flops / (peak_tflops * 1e12 * self.mesh.world.size)
         return row
+
+    def _evaluated(self) -> dict[str, float]:
+        """The loss on the validation samples, if it is time for it."""
+        step, every = self.state.step, self.config.train.eval_every
+        if self.validation is None or (step < self.total_steps and step % (every or 1)):
+            return {}
+        return {"valid_loss": self.evaluate(self.validation)}
 
     def _stop_if_not_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -223,12 +221,6 @@ class Trainer:
 
     # ---- telling ----
 
-    def _open_metrics(self) -> MetricsLog:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        settings = self.config.model_dump(mode="json")
-        write_text(self.run_dir / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-        return MetricsLog(self.run_dir, self.config.log, first_step=self.state.step + 1, settings=settings)
-
     def _announce(self) -> None:
         t = self.config.train
         self._say(
@@ -236,18 +228,6 @@ class Trainer:
             f"{self.total_steps} steps; MFU counts {MFU_CONVENTION}"
         )
         self._say(K.chosen(self.device.type))
-
-    def _print_row(self, row: dict[str, Any]) -> None:
-        if row["step"] % self.config.log.every and "valid_loss" not in row and not row.get("skipped"):
-            return
-        tail = f"  valid_loss {row['valid_loss']:.4f}" if "valid_loss" in row else ""
-        tail += "  skipped" if row.get("skipped") else ""
-        print(
-            f"step {row['step']}/{self.total_steps}  loss {row['loss']:.4f}  grad_norm {row['grad_norm']:.3f}  "
-            f"lr {row['lr']:.2e}  {row['tokens_per_s']:.0f} tokens/s  mfu {row['mfu']:.1%}  "
-            f"{row['mem_gib']:.2f} GiB{tail}",
-            flush=True,
-        )
 
     def _say(self, text: str) -> None:
         if self.first_rank:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -15,11 +16,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from opencoder.config import load_config
 from opencoder.console import run
 from opencoder.errors import ConfigError
 from opencoder.parallel.mesh import create_mesh
+from opencoder.train.loop import Trainer
+from opencoder.train.metrics import read_rows
 from opencoder.train.watchdog import Beat, blame, watched
 from tests import harness
+from tests.train.test_run import config, prefix  # noqa: F401  prefix is a fixture
 
 
 class Ended(NamedTuple):
@@ -158,3 +163,36 @@ def test_blame_goes_from_rank_to_rank_to_the_one_that_waits_for_nobody() -> None
     assert blame(1, over_dp, beats) == "rank 3 has never come"
     both = {rank: beats[0]._replace(latest={"tp@0": 12}) for rank in (0, 1)}
     assert blame(0, over_tp, both).startswith("every other rank has begun it too")
+
+
+# ---- a slow rank ----
+
+
+def is_slow(rank: int, world: int, path: str) -> list[str]:
+    """Rank 1 sleeps in every forward pass. Returns the warnings."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("opencoder").addHandler(handler)
+    trainer = Trainer(load_config(path), create_mesh(), torch.device("cpu"))
+    if rank == 1:
+        trainer.model.layers["1"].register_forward_pre_hook(lambda *_: time.sleep(0.15))
+    trainer.run()
+    return [line for line in lines if "slow" in line]
+
+
+def test_a_slow_rank_is_told_once_and_its_times_are_written_down(tmp_path: Path, prefix: Path) -> None:  # noqa: F811
+    train = {"steps": 6, "global_batch_size": 4, "micro_batch_size": 2}
+    path = config(tmp_path, prefix, train=train, checkpoint={"every": None}, log={"every": 2, "tensorboard": False})
+    warnings = harness.run_ranks(is_slow, 2, str(path))
+    assert len(warnings[0]) == 1
+    assert "rank 1 is slow: busy 0." in warnings[0][0]
+    assert not warnings[1]
+    rows = read_rows(tmp_path / "run" / "ranks.jsonl")
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    for row in rows:
+        assert row["busy_s"][1] > 0.14
+        assert row["busy_s"][0] < row["busy_s"][1] - 0.05, "what it waits is not counted"
+        assert len(row["data_wait_s"]) == len(row["mem_gib"]) == 2
+    steps = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert all(row["comm_wait_s"] > 0.05 for row in steps)
