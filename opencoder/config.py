@@ -7,7 +7,7 @@ gets its branch, never the root."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -209,9 +209,15 @@ class SkipConfig(Branch):
     window: int = Field(128, ge=2)
     """Updates looked back; until half of them are made, only what is not finite is left out."""
     stop_after: int = Field(5, ge=1)
-    """Steps skipped in a row that end the run, or rewind it."""
+    """Steps skipped in a row that end the run, or rewind it. A step that is left out beforehand is not counted."""
     on_stop: Literal["stop", "rewind"] = "stop"
-    """rewind: go back to the newest checkpoint from before them and leave their batches out (not available yet)."""
+    """rewind: go back to the newest checkpoint from before them and leave their batches out. Later checkpoints are removed."""
+    rewind_before: int = Field(0, ge=0)
+    """Steps before them that a rewind leaves out too. At 0 a rewind mends damaged state, and nothing that an update did."""
+    max_rewinds: int = Field(3, ge=0)
+    """Rewinds in a whole run; after them, too many skipped steps end it."""
+    steps: list[Annotated[int, Field(ge=1)]] = []
+    """Steps, from 1, whose batches are left out without a look at them: no update, no loss."""
 
 
 class TrainConfig(Branch):

@@ -120,7 +120,12 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
             3,
             "data.seq_len=128 cannot be cut in 2·cp chunks with parallel.cp=3: set it to a multiple of 6",
         ),
-        (["train.skip={on_stop: rewind}"], 1, "train.skip.on_stop=rewind is not available"),
+        (["train.skip={on_stop: rewind}"], 1, "needs checkpoints to go back to: set checkpoint.every"),
+        (
+            ["train.skip={on_stop: rewind}", "checkpoint.every=2", "checkpoint.keep=2"],
+            1,
+            "does not reach back the 5 steps that train.skip may rewind (stop_after + rewind_before): set checkpoint.keep to at least 3",
+        ),
         (["train.recompute=norm"], 1, "train.recompute=norm is not available"),
         (
             ["train.recompute={modules: [mlp], layers: 9}"],

@@ -29,6 +29,7 @@ from .metrics import MFU_CONVENTION, flops_per_token, measure_gemm_tflops, peak_
 from .pipeline_runner import Chunks, PipelineRunner, build_chunks, models_of
 from .preflight import check_inputs
 from .report import Report
+from .rewind import rewind
 from .signals import Asked, Signals
 from .skipping import Skipping
 from .stages import Stage
@@ -129,8 +130,10 @@ class Trainer:
         try:
             while self.state.step < self.total_steps:
                 report.step(self._one_step(batches, peak, report))
-                if self.skipping is not None:
-                    self.skipping.stop_if_too_many()
+                if self.skipping is not None and self.skipping.must_rewind():
+                    self._go_back(self.skipping)
+                    report.go_back(self.state.step)
+                    batches = self.data.batches(self.state.step)
                 if self._save_if_due(signals.agree(self.mesh.world, self.device, failed=self.saver.failed)):
                     self.saver.wait()
                     self._say(f"stopped at step {self.state.step} as asked; the same command goes on from here")
@@ -163,6 +166,17 @@ class Trainer:
             self.save()
         return asked.stop
 
+    def _go_back(self, skipping: Skipping) -> None:
+        """To the newest checkpoint from before a row of skipped steps."""
+        self.saver.wait()
+        at = self.state.step
+        rewind(self.config, self.state, self.model, self.optimizer, skipping.guard, self.mesh)
+        self.data, self.stage = TrainingData(self.config, self.state.stages, self.mesh, step=self.state.step), None
+        self._say(
+            f"rewound from step {at} to the checkpoint of step {self.state.step}; left out from now on: steps "
+            f"{', '.join(map(str, self.state.left_out))}"
+        )
+
     def _one_step(
         self, batches: Iterator[tuple[Stage, list[MicroBatch]]], peak_tflops: float, report: Report
     ) -> dict[str, Any]:
@@ -177,6 +191,8 @@ class Trainer:
         records = self.mesh.records
         records.step = state.step + 1
         lr = lr_at(state.step, self.config.optim, self.total_steps)
+        if state.leaves_out(state.step + 1):
+            return self._leave_out(lr)
         blocked_before_s = records.blocked_s
         result = self.train_step.update(micro_batches, lr=lr)
         state.step += 1
@@ -200,6 +216,14 @@ class Trainer:
         flops = flops_per_token(self.config.model, self.parameters, seq_len) * row["tokens_per_s"]
         row["mfu"] = flops / (peak_tflops * 1e12 * self.mesh.world.size)
         return row
+
+    def _leave_out(self, lr: float) -> dict[str, Any]:
+        """A step without an update: its batch is passed by. The optimizer counts it, as it counts a skipped one."""
+        state = self.state
+        state.step += 1
+        self.optimizer.set_step_count(state.step)
+        row = {"step": state.step, "loss": None, "grad_norm": None, "lr": lr, "tokens": state.tokens}
+        return {**row, "skipped": True, "left_out": True, **self._evaluated()}
 
     def _evaluated(self) -> dict[str, float]:
         """The loss on the validation samples, if it is time for it."""
