@@ -245,6 +245,8 @@ class TrainConfig(Branch):
     timeout_s: float = Field(600.0, gt=0)
     """Seconds that a rank may wait in a collective. Then the ranks that are behind are named, and all end. Longer than the slowest
     save, evaluation and read of a checkpoint."""
+    bandwidth_check: bool = True
+    """Measure at start what an all-reduce over each axis reaches (less than two seconds), and print it."""
     memory_check: Literal["warn", "refuse"] = "warn"
     """When the estimate exceeds the free memory (refuse: not available yet)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

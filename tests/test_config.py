@@ -124,7 +124,7 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         (
             ["train.skip={on_stop: rewind}", "checkpoint.every=2", "checkpoint.keep=2"],
             1,
-            "does not reach back the 5 steps that train.skip may rewind (stop_after + rewind_before): set checkpoint.keep to at least 3",
+            "the 5 steps that train.skip may rewind (stop_after + rewind_before): set checkpoint.keep to at least 3",
         ),
         (["train.recompute=norm"], 1, "train.recompute=norm is not available"),
         (

@@ -27,7 +27,7 @@ from .data import TrainingData, validation_loader
 from .environment import DTYPES
 from .metrics import MFU_CONVENTION, flops_per_token, measure_gemm_tflops, peak_memory_gib
 from .pipeline_runner import Chunks, PipelineRunner, build_chunks, models_of
-from .preflight import check_inputs
+from .preflight import preflight
 from .report import Report
 from .rewind import rewind
 from .signals import Asked, Signals
@@ -46,7 +46,7 @@ class Trainer:
         self.config, self.mesh, self.device = config, mesh, device
         self.run_dir = Path(config.run_dir)
         self.first_rank = mesh.world.rank == 0
-        check_inputs(config)
+        preflight(config, mesh, device, say=self._say)
         self.dtype = DTYPES[config.train.precision]
         t = config.train
         self.model = self._build()
