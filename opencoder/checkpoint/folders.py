@@ -62,9 +62,10 @@ def resolve(path: str | Path) -> Path:
     return chosen
 
 
-def newest_intact(run_dir: Path, world: Group = SINGLE) -> Path | None:
+def newest_intact(run_dir: Path, world: Group = SINGLE, *, before: int | None = None) -> Path | None:
     """The checkpoint to resume from, the same on all ranks: the newest whose every byte is as it was written, or None if
-    the run has none at all. Going back to an older one is told in one line; DataError if none is intact.
+    the run has none at all (with `before`: none of an earlier step). Going back to an older one is told in one line;
+    DataError if none is intact.
 
     What a kill left of a save is removed: call it before the run saves anything."""
     found: list[Path] = []
@@ -72,7 +73,7 @@ def newest_intact(run_dir: Path, world: Group = SINGLE) -> Path | None:
         if world.rank == 0:
             clear_leftovers(run_dir)
             found = candidates(run_dir)
-    found = world.gather_objects(found)[0]
+    found = [folder for folder in world.gather_objects(found)[0] if before is None or step_of(folder) < before]
     if not found:
         return None
     try:
