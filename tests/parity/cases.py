@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -121,6 +122,31 @@ CASES: dict[str, Case] = {
         4, SMALL, 2, {"tp": 2, "sequence_parallel": True, "sharded_optimizer": True}, documents=True
     ),
 }
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "1f1b": {},
+    "interleaved": {"schedule": "interleaved", "virtual_stages": 2},
+    "zb": {"schedule": "zb", "virtual_stages": 2},
+    "zbv": {"schedule": "zbv", "virtual_stages": 2},
+}
+
+
+def product_of_axes(ranks: int = 8) -> dict[str, Case]:
+    """{tp, pp, cp, dp: 1 or 2} of at most so many ranks, with and without sequence parallelism, under every schedule."""
+    found: dict[str, Case] = {}
+    for tp, pp, cp, dp in product((1, 2), repeat=4):
+        world = tp * pp * cp * dp
+        if not 1 < world <= ranks:
+            continue
+        sizes = {"tp": tp, "pp": pp, "cp": cp}
+        name = "-".join(f"{axis}2" for axis, size in {**sizes, "dp": dp}.items() if size > 1)
+        for sp in (False, True)[:tp]:
+            for schedule, settings in SCHEDULES.items() if pp > 1 else [("", {})]:
+                parallel = {**sizes, "sequence_parallel": sp, **settings}
+                full_name = "-".join(filter(None, [name, "sp" if sp else "", schedule]))
+                found[full_name] = Case(world, {**SMALL, "layers": 4}, 1, parallel, documents=True)
+    return found
 
 
 def micro_batches(case: Case, vocab: int, dp_rank: int, dp_size: int, *, seed: int = 0) -> list[MicroBatch]:

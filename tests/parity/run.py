@@ -1,16 +1,20 @@
-"""Prints the largest errors of every layout against one process: `python -m tests.parity.run [NAME…]`."""
+"""Prints the largest errors of every layout against one process: `python -m tests.parity.run [NAME…]`; with `--product`, of
+every combination of axes and schedules instead."""
 
 from __future__ import annotations
 
 import sys
 
-from tests.parity.cases import CASES
+from tests.parity.cases import CASES, product_of_axes
 from tests.parity.steps import LAYOUTS, STEPS, run_steps
 from tests.parity.update import run_all
 
 
 def main(names: list[str]) -> int:
     """Print the tables; the exit status."""
+    if names == ["--product"]:
+        print_updates(run_all(product_of_axes()))
+        return 0
     unknown = [name for name in names if name not in CASES and name not in LAYOUTS]
     if unknown:
         print(f"no layout {unknown[0]!r}; there are {', '.join([*CASES, *LAYOUTS])}", file=sys.stderr)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from opencoder.config import ModelConfig, OptimConfig, ParallelConfig
+from opencoder.checkpoint import native
+from opencoder.config import Config, ModelConfig, OptimConfig, ParallelConfig
 from opencoder.model.decoder import Decoder, Part, named_parameters
 from opencoder.model.initialise import build_model
 from opencoder.optim.base import Optimizer
@@ -17,6 +19,7 @@ from opencoder.optim.build import build_optimizer
 from opencoder.parallel.mesh import Mesh, create_mesh, kv_replicas_of
 from opencoder.parallel.placement import placement_of
 from opencoder.train.pipeline_runner import Chunks, PipelineRunner, build_chunks, models_of
+from opencoder.train.state import tensors_of
 from opencoder.train.step import TrainStep
 from tests.harness import run_cases
 from tests.model.cases import model_config
@@ -85,12 +88,14 @@ def build(case: Case, settings: OptimConfig, dtype: torch.dtype = torch.float64)
     return Rank(config, mesh, model, optimizer, TrainStep(model, optimizer, mesh, device=CPU, runner=runner))
 
 
+# With β = (0, 0) the first moment is the clipped gradient itself. AdamW's update would then be the gradient's sign, whose weights
+# say nothing of it: eps far above the gradients makes the update proportional to them instead.
+SETTINGS = OptimConfig(clip_norm=0.1, lr=LR, betas=(0.0, 0.0), eps=1.0)
+
+
 def one_update(rank: int, world: int, case: Case, dtype: torch.dtype = torch.float64) -> Outcome:
     """One update of a fresh model at the layout of `case`, with a norm that clips, and an evaluation after it."""
-    # With β = (0, 0) the first moment is the clipped gradient itself. AdamW's update would then be the gradient's sign, whose
-    # weights say nothing of it: eps far above the gradients makes the update proportional to them instead.
-    settings = OptimConfig(clip_norm=0.1, lr=LR, betas=(0.0, 0.0), eps=1.0)
-    config, mesh, model, optimizer, step = build(case, settings, dtype)
+    config, mesh, model, optimizer, step = build(case, SETTINGS, dtype)
     batch = micro_batches(case, config.vocab_size, mesh.dp.rank, mesh.dp.size)
     result = step.update(batch, lr=LR)
     names = {"loss": result.loss, "norm": result.grad_norm, "clip": result.clip, "targets": result.targets}
@@ -106,6 +111,14 @@ def one_update(rank: int, world: int, case: Case, dtype: torch.dtype = torch.flo
         {key: placement_of(p).slice_of(mesh) for key, p in parameters.items()},
         {key: part[2] for key, part in moments.items() if len(part) == 3},
     )
+
+
+def save_update(rank: int, world: int, case: Case, folder: str) -> None:
+    """The same update, and what a run saves after it."""
+    config, mesh, model, optimizer, step = build(case, SETTINGS)
+    step.update(micro_batches(case, config.vocab_size, mesh.dp.rank, mesh.dp.size), lr=LR)
+    settings = Config.model_validate({"run_dir": folder, "model": case.base, "parallel": case.parallel})
+    native.save(Path(folder), 1, tensors_of(model, optimizer), mesh, config=settings, state={"tokens": 0})
 
 
 def errors(found: Outcome, truth: Outcome) -> dict[str, float]:
