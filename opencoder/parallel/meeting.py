@@ -16,7 +16,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from opencoder.errors import Failure
 
-POLL_S = 0.02
+POLL_S = (0.02, 0.5)
+"""Between two looks, at first and at most: thousands of ranks that wait must not keep the store busy."""
 
 
 def store_of_torchrun(*, timeout_s: float) -> Store | None:
@@ -47,7 +48,7 @@ def agree_on_prefix(store: Store, rank: int, size: int, *, timeout_s: float) -> 
         store.set(f"opencoder/read/{name}/{rank}", "")
         return name
     name = uuid.uuid4().hex
-    missing = list(range(1, size))
+    missing, poll_s = list(range(1, size)), POLL_S[0]
     while missing:
         for other in missing:
             if store.check([f"opencoder/word/{other}"]):
@@ -57,13 +58,16 @@ def agree_on_prefix(store: Store, rank: int, size: int, *, timeout_s: float) -> 
             raise Failure(
                 f"of {size} ranks, {missing} did not come within {timeout_s:.0f} s: look at the output of their nodes"
             )
-        time.sleep(POLL_S)
+        time.sleep(poll_s)
+        poll_s = min(1.5 * poll_s, POLL_S[1])
     return name
 
 
 def _wait_for(store: Store, key: str, deadline: float, timeout_s: float) -> None:
     # Not store.wait(): it blocks where no signal is seen.
+    poll_s = POLL_S[0]
     while not store.check([key]):
         if time.monotonic() > deadline:
             raise Failure(f"rank 0 did not answer within {timeout_s:.0f} s: look at the output of its node")
-        time.sleep(POLL_S)
+        time.sleep(poll_s)
+        poll_s = min(1.5 * poll_s, POLL_S[1])

@@ -188,13 +188,15 @@ def train(
     names: tuple[str, str], case: Case, config: Path, say: Callable[[str], None], *, kill: bool, timeout_s: float = 300
 ) -> None:
     """One training on both nodes; with `kill`, node 1 is lost at step KILL_AT and comes back. Raises RuntimeError."""
-    reached = threading.Event()
+    reached, resumed = threading.Event(), threading.Event()
 
     def heard(line: str) -> None:
         say(line)
-        # The metrics of pipelines are printed by rank 0 too, which is on node 0: nodes are ranked by address.
+        # Rank 0, which tells of the steps, is on node 0: nodes are ranked by address.
         if line.startswith(f"node 0 | step {KILL_AT}/"):
             reached.set()
+        if line.startswith("node 0 | resumed from"):
+            resumed.set()
 
     nodes = [Node(name, i, case, config, heard) for i, name in enumerate(names)]
     if kill:
@@ -208,6 +210,8 @@ def train(
     statuses = [node.wait(timeout_s) for node in nodes]
     if statuses != [0, 0]:
         raise RuntimeError(f"exit statuses {statuses}, not 0")
+    if resumed.is_set() != kill:
+        raise RuntimeError(f"resumed from a checkpoint: {resumed.is_set()}, although killed: {kill}")
 
 
 def exact_rows(run: Path) -> list[list[Any]]:
@@ -237,7 +241,7 @@ def shorten(line: str, folder: Path) -> str | None:
     """A line of the transcript without this machine's paths; None for those that say nothing of the run."""
     line = re.sub(r"/\S*/lib/python[\d.]+/site-packages/|/\S*/third_party/", "", line)
     line = line.replace(f"{folder}/", "").replace(str(ROOT) + "/", "").replace(sys.executable, "python")
-    return None if re.search(r"\[rank\d+\]:(   |Traceback)|^node \d \| (kernels on|\[Gloo\])", line) else line
+    return None if re.search(r"\[rank\d+\]:(   |Traceback)|^node \d \| (kernels on|\[W.* socket\.cpp)", line) else line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
