@@ -236,7 +236,8 @@ class TrainConfig(Branch):
     seed: int = 1234
     recompute: RecomputeConfig = RecomputeConfig()
     """none; full: keep only the input of each layer for backward and work out the rest again; attention or mlp: the same for that
-    module alone; {modules: […], layers: …}: for some layers. norm is not available yet."""
+    module alone; norm: make the results of norms again; {modules: […], layers: …}: for some layers. Changes no bit, but that in
+    bf16 norm takes the norms of rounded sums."""
     z_loss: float = Field(0.0, ge=0)
     """Weight of the squared log-sum-exp of the logits in what is minimised; the loss that is told stays the cross entropy."""
     skip: SkipConfig | None = None
@@ -324,6 +325,9 @@ class CheckpointConfig(Branch):
     schedule."""
     seed: bool = False
     """Write the checkpoint of step 0, from which any layout starts, and end."""
+    check_replicas: bool = True
+    """Compare before every save what several ranks hold alike, bit by bit, and end the run if it differs. Costs a hash of a rank's
+    share, in the background with async_save."""
 
 
 class LogConfig(Branch):

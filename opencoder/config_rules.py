@@ -76,7 +76,6 @@ def _check_available(config: Config) -> None:
     missing = {
         f"model.head.kind={config.model.head.kind}": config.model.head.kind != "vocab",
         f"data.kind={d.kind}": d.kind != "lm",
-        f"train.recompute={t.recompute}": "norm" in t.recompute.modules,
         f"train.memory_check={t.memory_check}": t.memory_check != "warn",
         f"optim.name={config.optim.name}": config.optim.name == "lars",
         f"optim.schedule={config.optim.schedule}": config.optim.schedule == "fccs",
@@ -143,7 +142,8 @@ def _check_recompute(config: Config) -> None:
         )
     if chosen is not None and not config.train.recompute.modules:
         raise ConfigError(
-            f"train.recompute.layers={chosen} without modules is without effect: add modules: [full], or some of attention and mlp"
+            f"train.recompute.layers={chosen} without modules is without effect: add modules: [full], or some of "
+            "attention, mlp and norm"
         )
 
 

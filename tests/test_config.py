@@ -125,7 +125,6 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
             1,
             "the 5 steps that train.skip may rewind (stop_after + rewind_before): set checkpoint.keep to at least 3",
         ),
-        (["train.recompute=norm"], 1, "train.recompute=norm is not available"),
         (
             ["train.recompute={modules: [mlp], layers: 9}"],
             1,

@@ -25,6 +25,7 @@ from opencoder.parallel.mesh import Mesh
 
 from . import native
 from .parts import Part, Tensors
+from .replicas import check_replicas
 
 ABANDON_S = 60
 """How long a run that ends with an error waits for a save under way, which may itself wait for a rank that is gone."""
@@ -114,6 +115,8 @@ class Saver:
         self, step: int, tensors: Tensors, config: Config, state: dict[str, Any], tokenizer: Path | None
     ) -> None:
         start = time.perf_counter()
+        if self.config.check_replicas:
+            check_replicas(tensors, self.mesh)
         folder = native.save(
             self.run_dir,
             step,

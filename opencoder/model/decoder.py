@@ -22,7 +22,7 @@ from opencoder.parallel.placement import at_both_ends, place, placement_of, repl
 
 from .attend import Context, Documents, Rope, attend, context_of, positions_of
 from .heads import VocabHead
-from .recompute import modules_of, recomputed, run
+from .recompute import modules_of, recomputed, run, run_on_made
 
 __all__ = ["Decoder", "Documents", "Part", "key_of", "named_parameters", "parameter_count", "rotary_table"]
 
@@ -126,10 +126,29 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, context: Context
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = self.input_layernorm(x, residual)
-        x = run(self.self_attn, x, context, again="attention" in self.recompute)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return run(self.mlp, x, again="mlp" in self.recompute), residual
+        x, residual = self._normed(self.input_layernorm, self.self_attn, "attention", x, residual, context)
+        return self._normed(self.post_attention_layernorm, self.mlp, "mlp", x, residual)
+
+    def _normed(
+        self,
+        norm: RMSNorm,
+        module: nn.Module,
+        name: str,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        *args: Context,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The module of the norm of x + residual, and that sum."""
+        again = name in self.recompute
+        if "norm" not in self.recompute:
+            y, total = norm(x, residual)
+            return run(module, y, *args, again=again), total
+        if residual is not None and x.element_size() < 4:
+            # What is made again is the norm of the sum as it is kept, so the first must be that too, not of the sum unrounded.
+            x, residual = x + residual, None
+        y, total = norm(x, residual)
+        kept = total.detach()
+        return run_on_made(module, y, *args, make=lambda: norm(kept)[0], again=again), total
 
 
 class Decoder(nn.Module):

@@ -140,7 +140,7 @@ def _kept_per_token(config: Config, mesh: Mesh, again: frozenset[str]) -> float:
     if "full" in again:
         return 2 * m.hidden_size / share
     # input, sum, output of two norms: the outputs are whole even under sequence parallelism, as they are gathered
-    kept = (4 / share + 2) * m.hidden_size
+    kept = (4 / share + (0 if "norm" in again else 2)) * m.hidden_size
     if "attention" not in again:  # q, k (before and after rotary), v, output
         kept += 3 * (m.heads + max(m.kv_heads, tp)) * m.head_dim / tp
     if "mlp" not in again:  # gate, up

@@ -19,6 +19,7 @@ from opencoder.data.loader import BatchLoader, MicroBatch
 from opencoder.errors import ConfigError, Failure
 from opencoder.model.decoder import Decoder, Part, named_parameters, parameter_count
 from opencoder.model.initialise import build_model
+from opencoder.model.recompute import OPERATORS
 from opencoder.optim.base import Optimizer
 from opencoder.optim.build import build_optimizer
 from opencoder.optim.schedule import lr_at
@@ -66,7 +67,7 @@ class Trainer:
         check: Guard = self._stop_if_not_finite if self.skipping is None else self.skipping.guard
         runner = None
         if isinstance(self.model, Chunks):
-            again = bool(t.recompute.modules)
+            again = bool(set(t.recompute.modules) - OPERATORS)
             runner = PipelineRunner(self.model, self.optimizer, mesh, config.parallel, device=device, recompute=again)
         guard = partial(self._before_update, check)
         self.train_step = TrainStep(self.model, self.optimizer, mesh, device=device, runner=runner, guard=guard)
