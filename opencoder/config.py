@@ -314,7 +314,7 @@ class CheckpointConfig(Branch):
     keep_every: int | None = Field(None, ge=1)
     """Checkpoints of steps divisible by this are never dropped."""
     async_save: bool = False
-    """Save in the background: training waits for a copy in host memory (as large as a rank's share), not for the disk."""
+    """Save in the background: the next update waits for a copy in host memory (as large as a rank's share), nothing for the disk."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in run_dir if there is one."""
     load: str | None = None
@@ -330,7 +330,7 @@ class LogConfig(Branch):
     """What is told while training."""
 
     every: int = Field(1, ge=1)
-    """Steps between console lines and TensorBoard points; metrics.jsonl has every step."""
+    """Steps between console lines and TensorBoard points, and between losses by source and language; metrics.jsonl has every step."""
     tensorboard: bool = True
     wandb: bool = False
     """Needs the extra `wandb`."""

@@ -252,11 +252,6 @@ def _check_pipeline(config: Config, dp: int) -> None:
             f"parallel.virtual_stages={p.virtual_stages} is not for parallel.schedule={p.schedule}, which takes {allowed}: "
             "set it so, or choose schedule 1f1b (1), interleaved (2 or more), zb (1 to 2) or zbv (2)"
         )
-    if m.tie_embeddings:
-        raise ConfigError(
-            f"model.tie_embeddings=true cannot be cut over parallel.pp={p.pp}, as both ends share a matrix: set "
-            "parallel.pp=1, or tie_embeddings=false"
-        )
     if m.head.kind != "vocab":
         raise ConfigError(f"model.head.kind={m.head.kind} needs parallel.pp=1, not {p.pp}")
     if m.layers < stages - 2:

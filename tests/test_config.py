@@ -79,7 +79,6 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         (["parallel.sequence_parallel=true"], 1, "raise parallel.tp or remove"),
         (["parallel.sequence_parallel=true", "parallel.tp=2", "data.seq_len=255"], 2, "set it to a multiple of 2"),
         (["parallel.layout=[2,2]"], 1, "parallel.layout is for pipelines, and parallel.pp=1"),
-        (["parallel.pp=2", "model.tie_embeddings=true"], 2, "cannot be cut over parallel.pp=2"),
         (["parallel.pp=8"], 8, "model.layers=4 are too few for 8 stages"),
         (["parallel.pp=8"], 8, "at most 6 stages"),
         (["parallel.pp=2", "parallel.layout=[3,2]"], 2, "holds 2 with the sum 5"),

@@ -18,7 +18,7 @@ from opencoder import kernels as K
 from opencoder.config import ModelConfig, ParallelConfig, RecomputeConfig
 from opencoder.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, columns
 from opencoder.parallel.mesh import SINGLE, Group, Mesh, kv_replicas_of
-from opencoder.parallel.placement import place, replicated
+from opencoder.parallel.placement import at_both_ends, place, placement_of, replicated
 
 from .attend import Context, Documents, Rope, attend, context_of, positions_of
 from .heads import VocabHead
@@ -33,7 +33,7 @@ class Part(NamedTuple):
     layers: range
     """Numbers of its layers in the whole model."""
     first: bool
-    """Holds the embedding: takes ids, not a hidden state."""
+    """Starts with the embedding: takes ids, not a hidden state."""
     last: bool
     """Holds the last norm and the head."""
 
@@ -137,7 +137,8 @@ class Decoder(nn.Module):
     `torch.device("meta")` to look at sizes without memory.
 
     Layers carry their number in the whole model, so parameters have the same keys in every cut. What a part does not hold
-    (`embed_tokens`, `norm`, `lm_head`) is no attribute of it."""
+    (`embed_tokens`, `norm`, `lm_head`) is no attribute of it. Where embedding and head are tied, the last part too holds
+    `embed_tokens`, for its matrix."""
 
     def __init__(
         self,
@@ -150,7 +151,7 @@ class Decoder(nn.Module):
         z_loss: float = 0.0,
     ) -> None:
         """`part` None: the whole model. Sizes come from `mesh`; `parallel` says how the layers work over it, None: as by
-        default. Raises ValueError for a part that the model cannot be cut into."""
+        default."""
         super().__init__()
         mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
         replicas = kv_replicas_of(config.kv_heads, mesh.tp.size)
@@ -167,12 +168,13 @@ class Decoder(nn.Module):
         """Ranks that share the tokens of a hidden state."""
         self.config, self.cp, self.context_attention = config, mesh.cp, parallel.context_attention
         self.part = part = part or Part(range(config.layers), first=True, last=True)
-        if config.tie_embeddings and part.first != part.last:
-            raise ValueError("a model with tied embeddings cannot be cut: its two ends share a matrix")
-        if part.first:
+        if part.first or (part.last and config.tie_embeddings):
             self.embed_tokens = VocabParallelEmbedding(
                 config.padded_vocab_size, config.hidden_size, tp=mesh.tp, tokens_split=tokens_split
             )
+        if config.tie_embeddings and part.first != part.last and parallel.schedule != "zbv":
+            # The ends are on two ranks. Under zbv they are on one, which ties them (train/pipeline_runner.py).
+            place(self.embed_tokens.weight, at_both_ends(placement_of(self.embed_tokens.weight)))
         again = {i: modules_of(recompute, i) for i in part.layers}
         self.again = {str(i): "full" in modules for i, modules in again.items()}
         self.layers = nn.ModuleDict({str(i): Block(config, mesh, how, recompute=again[i]) for i in part.layers})

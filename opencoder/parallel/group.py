@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from .meeting import store_of_torchrun
 from .records import CommunicationError, Handle, Record, Records, Result
 
 Op = Literal["sum", "max", "min"]
@@ -225,7 +226,13 @@ def _sum_in_order(parts: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Ten
 def start_processes(device_type: str, *, timeout_s: float) -> None:
     """Set up the default process group from torchrun's variables: nccl on CUDA, gloo on the CPU."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # torch's flight recorder, which reads this when it starts
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+    backend, timeout = "nccl" if device_type == "cuda" else "gloo", timedelta(seconds=timeout_s)
+    store = store_of_torchrun(timeout_s=timeout_s)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def stop_processes() -> None:

@@ -28,6 +28,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def restarts_left() -> int:
+    """How often torchrun's agent would start this process again if it failed; 0 without torchrun."""
+    env = os.environ
+    return int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def pick_device(config: TrainConfig) -> torch.device:
     """The device of this process."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -99,6 +99,8 @@ def _largest_rank(config: Config, mesh: Mesh) -> int:
     for rank, part in zip(ranks, parts, strict=True):
         with torch.device("meta"):
             held[rank] += sum(q.numel() for q in Decoder(config.model, mesh, part=part).parameters())
+    if p.pp > 1 and config.model.tie_embeddings and ranks[0] == ranks[-1]:  # both ends here: one matrix
+        held[ranks[0]] -= config.model.padded_vocab_size // p.tp * config.model.hidden_size
     return max(held)
 
 

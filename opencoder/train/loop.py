@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from opencoder.parallel.mesh import Mesh
 
 from .data import TrainingData, validation_loader
 from .environment import DTYPES
-from .metrics import MFU_CONVENTION, flops_per_token, measure_gemm_tflops, peak_memory_gib
+from .metrics import MFU_CONVENTION, flops_per_token, losses_by_group, measure_gemm_tflops, peak_memory_gib
 from .pipeline_runner import Chunks, PipelineRunner, build_chunks, models_of
 from .preflight import preflight
 from .report import Report
@@ -34,7 +35,7 @@ from .signals import Asked, Signals
 from .skipping import Skipping
 from .stages import Stage
 from .state import restore, tensors_of
-from .step import TrainStep
+from .step import Guard, TrainStep
 
 log = logging.getLogger("opencoder")
 
@@ -62,16 +63,18 @@ class Trainer:
         """Seconds that training has waited for checkpoints since the last row of metrics."""
         self.state = restore(config, self.model, self.optimizer, mesh, say=self._say)
         self.skipping = Skipping(config, self.state, mesh, device) if t.skip is not None else None
-        guard = self._stop_if_not_finite if self.skipping is None else self.skipping.guard
+        check: Guard = self._stop_if_not_finite if self.skipping is None else self.skipping.guard
         runner = None
         if isinstance(self.model, Chunks):
             again = bool(t.recompute.modules)
             runner = PipelineRunner(self.model, self.optimizer, mesh, config.parallel, device=device, recompute=again)
+        guard = partial(self._before_update, check)
         self.train_step = TrainStep(self.model, self.optimizer, mesh, device=device, runner=runner, guard=guard)
         self.total_steps = t.total_steps()
         self.stage: Stage | None = None
-        self.data = TrainingData(config, self.state.stages, mesh, step=self.state.step)
-        self.validation = validation_loader(config, mesh)
+        pin_memory = device.type == "cuda"
+        self.data = TrainingData(config, self.state.stages, mesh, step=self.state.step, pin_memory=pin_memory)
+        self.validation = validation_loader(config, mesh, pin_memory=pin_memory)
         self.parameters = parameter_count(config.model)
 
     def _build(self) -> Decoder | Chunks:
@@ -102,6 +105,7 @@ class Trainer:
             return
         if self.skipping is not None:
             state.guard = self.skipping.guard.state()
+        state.blends = self.data.accounts(state.step, state.blends)
         tokenizer = self.config.data.tokenizer
         self.save_wait_s += self.saver.save(
             state.step,
@@ -192,16 +196,22 @@ class Trainer:
         records.step = state.step + 1
         lr = lr_at(state.step, self.config.optim, self.total_steps)
         if state.leaves_out(state.step + 1):
-            return self._leave_out(lr)
+            return self._leave_out(stage, lr)
+        groups = self.data.group_names(stage) if (state.step + 1) % self.config.log.every == 0 else None
         blocked_before_s = records.blocked_s
-        result = self.train_step.update(micro_batches, lr=lr)
+        result = self.train_step.update(micro_batches, lr=lr, groups=len(groups) if groups is not None else 0)
         state.step += 1
         seq_len, samples = stage.settings.seq_len, stage.settings.global_batch_size
         state.tokens += seq_len * samples
         row: dict[str, Any] = {"step": state.step, "loss": float(result.loss), "grad_norm": float(result.grad_norm)}
         row |= {"lr": lr, "tokens": state.tokens}
+        if self.config.train.z_loss and result.z_loss is not None:
+            row["z_loss"] = float(result.z_loss)
+        if groups is not None and result.by_group is not None:
+            row |= losses_by_group(result.by_group, groups)
         if self.skipping is not None:
             row["skipped"] = self.skipping.note(result)
+        self._say_end(stage)
         step_s = time.perf_counter() - start
         mem_gib, busy_s = peak_memory_gib(self.device), step_s - (records.blocked_s - blocked_before_s)
         report.straggler.add(state.step, busy_s=busy_s, data_wait_s=data_wait_s, mem_gib=mem_gib)
@@ -217,11 +227,17 @@ class Trainer:
         row["mfu"] = flops / (peak_tflops * 1e12 * self.mesh.world.size)
         return row
 
-    def _leave_out(self, lr: float) -> dict[str, Any]:
+    def _before_update(self, guard: Guard, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor | None:
+        """Gradients are there, weights are about to change: a save that still copies them comes first."""
+        self.save_wait_s += self.saver.wait_staged()
+        return guard(loss, grad_norm)
+
+    def _leave_out(self, stage: Stage, lr: float) -> dict[str, Any]:
         """A step without an update: its batch is passed by. The optimizer counts it, as it counts a skipped one."""
         state = self.state
         state.step += 1
         self.optimizer.set_step_count(state.step)
+        self._say_end(stage)
         row = {"step": state.step, "loss": None, "grad_norm": None, "lr": lr, "tokens": state.tokens}
         return {**row, "skipped": True, "left_out": True, **self._evaluated()}
 
@@ -252,6 +268,10 @@ class Trainer:
             f"{self.total_steps} steps; MFU counts {MFU_CONVENTION}"
         )
         self._say(K.chosen(self.device.type))
+
+    def _say_end(self, stage: Stage) -> None:
+        if self.state.step == stage.end:
+            self._say(self.data.describe_end(stage))
 
     def _say(self, text: str) -> None:
         if self.first_rank:

@@ -49,6 +49,8 @@ class RunState:
     """How often the run has gone back (train/rewind.py)."""
     guard: dict[str, Any] | None = None
     """What the guard remembers, as of the newest checkpoint."""
+    blends: list[dict[str, Any]] = field(default_factory=list)
+    """What each begun stage has read of its datasets (train/data.py: account), as of the newest checkpoint."""
 
     def skipped_in_a_row(self) -> int:
         """Steps up to the newest whose update was left out."""
@@ -67,6 +69,7 @@ class RunState:
             "tokens": self.tokens,
             "consumed_samples": consumed_samples(self.stages, self.step),
             "stages": [stage.record() for stage in self.stages],
+            "blends": self.blends,
             "skipped_batches": list(self.skipped),
             "left_out_batches": list(self.left_out),
             "rewinds": self.rewinds,
@@ -136,6 +139,7 @@ def restore(
         asked_out=_asked_out(config),
         rewinds=max(saved.get("rewinds", 0), len(rewinds)),
         guard=saved.get("guard"),
+        blends=saved.get("blends", []),
     )
 
 

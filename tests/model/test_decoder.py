@@ -142,9 +142,20 @@ def test_parts_in_a_row_are_the_whole_model(documents: Documents | None) -> None
         assert (found[key].grad - p.grad).norm() <= 1e-12 * p.grad.norm(), key
 
 
-def test_a_tied_model_is_not_cut() -> None:
-    with pytest.raises(ValueError, match="tied embeddings cannot be cut"):
-        Decoder(model_config(tie_embeddings=True), part=Part(range(1), True, False))
+def test_both_ends_of_a_tied_model_begin_with_the_same_matrix() -> None:
+    config = model_config(tie_embeddings=True)
+    ends = [Part(range(1), True, False), Part(range(1, 2), False, True)]
+    first, last = (build_model(config, Mesh(), dtype=torch.float64, device=CPU, seed=1, part=part) for part in ends)
+    key = "model.embed_tokens.weight"
+    assert torch.equal(named_parameters(first)[key], named_parameters(last)[key])
+    assert "lm_head.weight" not in named_parameters(last)
+    assert last.lm_head.weight is last.embed_tokens.weight
+    for model, axes in (
+        (first, ("dp", "cp", "embed")),
+        (last, ("dp", "cp", "embed")),
+        (small(tie_embeddings=True), ("dp", "cp")),
+    ):
+        assert placement_of(named_parameters(model)[key]).grad_sum_axes == axes
 
 
 def test_a_mesh_that_does_not_share_key_value_heads_is_refused() -> None:

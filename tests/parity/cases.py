@@ -29,11 +29,15 @@ class Case:
     documents: bool = False
     """Samples are cut in documents that do not see one another."""
     z_loss: float = 0.0
+    recompute: str = "none"
+    """As train.recompute."""
+    targets: tuple[tuple[int, ...], ...] | None = None
+    """Of each sample the positions whose labels count, none for samples beyond these; None: as `batch` masks them."""
 
     @property
     def truth(self) -> Case:
         """The same model and batch in one process, whole."""
-        return Case(1, self.base, SAMPLES, documents=self.documents, z_loss=self.z_loss)
+        return Case(1, self.base, SAMPLES, documents=self.documents, z_loss=self.z_loss, targets=self.targets)
 
 
 CASES: dict[str, Case] = {
@@ -86,6 +90,25 @@ CASES: dict[str, Case] = {
     "pp2-dp2-sharded-zbv": Case(
         4, PIPE, 1, {"pp": 2, "virtual_stages": 2, "schedule": "zbv", "sharded_optimizer": True}, documents=True
     ),
+    "pp2-tied": Case(2, {**SMALL, "tie_embeddings": True}, 2, {"pp": 2}, documents=True),
+    "pp2-zbv-tied": Case(
+        2, {**PIPE, "tie_embeddings": True}, 2, {"pp": 2, "virtual_stages": 2, "schedule": "zbv"}, documents=True
+    ),
+    "pp4-interleaved-tied": Case(
+        4, {**PIPE, "tie_embeddings": True}, 1, {"pp": 4, "virtual_stages": 2, "schedule": "interleaved"}
+    ),
+    "pp2-tp2-dp2-sharded-tied": Case(
+        8,
+        {**SMALL, "tie_embeddings": True},
+        1,
+        {"pp": 2, "tp": 2, "sequence_parallel": True, "sharded_optimizer": True},
+    ),
+    "pp2-dp2-sharded-zbv-tied": Case(
+        4,
+        {**PIPE, "tie_embeddings": True},
+        1,
+        {"pp": 2, "virtual_stages": 2, "schedule": "zbv", "sharded_optimizer": True},
+    ),
     "pp2-cp2": Case(4, PIPE, 2, {"pp": 2, "cp": 2}, documents=True),
     "pp2-cp2-zbv": Case(4, PIPE, 2, {"pp": 2, "cp": 2, "virtual_stages": 2, "schedule": "zbv"}, documents=True),
     "pp2-tp2-zb-sp": Case(
@@ -100,9 +123,11 @@ CASES: dict[str, Case] = {
 }
 
 
-def micro_batches(case: Case, vocab: int, dp_rank: int, dp_size: int) -> list[MicroBatch]:
-    """This rank's share of the global batch, cut as the loader cuts it (data/loader.py)."""
-    tokens, labels = batch(vocab, SAMPLES, LENGTH)
+def micro_batches(case: Case, vocab: int, dp_rank: int, dp_size: int, *, seed: int = 0) -> list[MicroBatch]:
+    """This rank's share of a global batch, cut as the loader cuts it (data/loader.py)."""
+    tokens, labels = batch(vocab, SAMPLES, LENGTH, seed=seed)
+    if case.targets is not None:
+        labels = _counted_alone(tokens, case.targets)
     b = case.micro_batch
     found = []
     for begin in range(dp_rank * b, SAMPLES, b * dp_size):
@@ -110,6 +135,15 @@ def micro_batches(case: Case, vocab: int, dp_rank: int, dp_size: int) -> list[Mi
         bounds, longest = (_bounds(range(begin, begin + b)), LENGTH) if case.documents else (None, None)
         found.append(MicroBatch(tokens[rows], labels[rows], bounds, longest))
     return found
+
+
+def _counted_alone(tokens: torch.Tensor, targets: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """The next token at the positions of `targets`, elsewhere −100."""
+    labels = torch.full_like(tokens, -100)
+    for sample, positions in enumerate(targets):
+        for at in positions:
+            labels[sample, at] = tokens[sample, (at + 1) % LENGTH]
+    return labels
 
 
 def _bounds(samples: range) -> torch.Tensor:

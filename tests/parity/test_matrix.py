@@ -9,9 +9,7 @@ import torch
 from tests.harness import run_cases
 from tests.model.cases import SMALL
 from tests.parity.cases import CASES, SAMPLES, Case
-from tests.parity.run import Outcome, errors, one_update, run_all, worst
-
-TOLERANCE = 1e-11
+from tests.parity.update import TOLERANCE, Outcome, errors, one_update, run_all, worst
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +21,7 @@ def table() -> dict[str, dict[str, float]]:
 def test_layout_equals_one_process(name: str, table: dict[str, dict[str, float]]) -> None:
     found = table[name]
     head = "embed_tokens" if CASES[name].base.get("tie_embeddings") else "lm_head"
-    assert {"loss", "norm", "clip", "targets"} <= set(found)
+    assert {"loss", "norm", "clip", "targets", "evaluation"} <= set(found)
     assert any(key.startswith("gradient ") and head in key for key in found)
     assert {key: error for key, error in found.items() if error > TOLERANCE} == {}
 
