@@ -73,9 +73,8 @@ class Trainer:
         self.train_step = TrainStep(self.model, self.optimizer, mesh, device=device, runner=runner, guard=guard)
         self.total_steps = t.total_steps()
         self.stage: Stage | None = None
-        pin_memory = device.type == "cuda"
-        self.data = TrainingData(config, self.state.stages, mesh, step=self.state.step, pin_memory=pin_memory)
-        self.validation = validation_loader(config, mesh, pin_memory=pin_memory)
+        self.data = self._open_data()
+        self.validation = validation_loader(config, mesh, pin_memory=device.type == "cuda")
         self.parameters = parameter_count(config.model)
 
     def _build(self) -> Decoder | Chunks:
@@ -98,6 +97,11 @@ class Trainer:
         if self.mesh.pp.size == 1:
             return build()
         return build_chunks(c.model, c.parallel, self.mesh, seq_len=c.data.seq_len, build=build)
+
+    def _open_data(self) -> TrainingData:
+        """What is to be read from the step where the run stands."""
+        state, pin_memory = self.state, self.device.type == "cuda"
+        return TrainingData(self.config, state.stages, self.mesh, step=state.step, pin_memory=pin_memory)
 
     def save(self) -> None:
         """Write a checkpoint of the current step unless there is one."""
@@ -176,7 +180,7 @@ class Trainer:
         self.saver.wait()
         at = self.state.step
         rewind(self.config, self.state, self.model, self.optimizer, skipping.guard, self.mesh)
-        self.data, self.stage = TrainingData(self.config, self.state.stages, self.mesh, step=self.state.step), None
+        self.data, self.stage = self._open_data(), None
         self._say(
             f"rewound from step {at} to the checkpoint of step {self.state.step}; left out from now on: steps "
             f"{', '.join(map(str, self.state.left_out))}"

@@ -70,11 +70,11 @@ class Report:
         if row["step"] % self.config.log.every and "valid_loss" not in row and not row.get("skipped"):
             return
         tail = f"  valid_loss {row['valid_loss']:.4f}" if "valid_loss" in row else ""
-        tail += "  skipped" if row.get("skipped") else ""
         at = f"step {row['step']}/{self.total_steps}"
         if row["loss"] is None:
             print(f"{at}  left out{tail}", flush=True)
             return
+        tail += "  skipped" if row.get("skipped") else ""
         print(
             f"{at}  loss {row['loss']:.4f}  grad_norm {row['grad_norm']:.3f}  "
             f"lr {row['lr']:.2e}  {row['tokens_per_s']:.0f} tokens/s  mfu {row['mfu']:.1%}  "

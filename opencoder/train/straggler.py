@@ -31,6 +31,7 @@ class Straggler:
         self._sums = torch.zeros(2, dtype=torch.float64)
         self._steps = 0
         self._slow: int | None = None
+        self._told: int | None = None
 
     def add(self, step: int, *, busy_s: float, data_wait_s: float, mem_gib: float) -> None:
         """What `step` took here: seconds busy (not waiting in collectives), of these seconds waiting for data, and the
@@ -57,11 +58,12 @@ class Straggler:
         busy = row["busy_s"]
         median, slowest = statistics.median(busy), max(busy)
         if slowest <= SLOW * median or slowest - median < LEAST_EXCESS_S:
-            self._slow = None
+            self._slow = self._told = None
             return
-        rank = busy.index(slowest)
-        if rank != self._slow:  # told once, not at every row
-            self._slow = rank
+        rank, before = busy.index(slowest), self._slow
+        self._slow = rank
+        if rank == before and rank != self._told:  # twice in a row is no accident; and told once, not at every row
+            self._told = rank
             log.warning(
                 "WARNING: rank %d is slow: busy %.3f s a step, of which %.3f s waiting for data, where the median of the "
                 "ranks is %.3f s; the others wait for it (step %d, RUN/ranks.jsonl)",

@@ -196,3 +196,42 @@ def test_a_slow_rank_is_told_once_and_its_times_are_written_down(tmp_path: Path,
         assert len(row["data_wait_s"]) == len(row["mem_gib"]) == 2
     steps = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert all(row["comm_wait_s"] > 0.05 for row in steps)
+
+
+# ---- pipelines ----
+
+
+def transfers(rank: int, world: int, path: str, name: str, *overrides: str) -> dict[str, list[Any]]:
+    """Two steps of a pipeline; what was sent and received for each direction, in order."""
+    settings = load_config(path, ["parallel.pp=2", "train.steps=2", f"run_dir={path}.{name}", *overrides])
+    trainer = Trainer(settings, create_mesh(pp=2), torch.device("cpu"))
+    trainer.run()
+    assert trainer.mesh.records.waiting is None
+    found: dict[str, list[Any]] = {}
+    for record in trainer.mesh.records.recent():
+        if "→" in record.group:
+            assert record.finished is not None, record
+            found.setdefault(f"{record.operation} {record.group}", []).append(
+                (record.sequence, record.step, record.shape)
+            )
+    return found
+
+
+def test_what_a_pipeline_sends_and_receives_is_recorded(tmp_path: Path, prefix: Path) -> None:  # noqa: F811
+    optim = {"schedule": "constant", "warmup_steps": 0, "decay_steps": 0}
+    path = config(tmp_path, prefix, optim=optim, checkpoint={"every": None})
+    schedules = {"1f1b": 1, "interleaved": 2, "zb": 2, "zbv": 2}
+    cases = {
+        name: (str(path), name, f"parallel.schedule={name}", f"parallel.virtual_stages={stages}")
+        for name, stages in schedules.items()
+    }
+    for name, (first, second) in harness.run_cases(transfers, 2, cases).items():
+        ways = ("pp 0→1", first, second), ("pp 1→0", second, first)
+        for way, sender, receiver in ways:
+            assert sender[f"send {way}"] == receiver[f"receive {way}"], name
+            assert [sequence for sequence, *_ in sender[f"send {way}"]] == list(
+                range(1, len(sender[f"send {way}"]) + 1)
+            )
+        # 2 steps of 4 micro-batches pass each border between ranks once each way; zbv turns within rank 1.
+        borders = {"1f1b": 1, "interleaved": 3, "zb": 3, "zbv": 2}[name]
+        assert sum(len(sender[f"send {way}"]) for way, sender, _ in ways) == 2 * 2 * 4 * borders

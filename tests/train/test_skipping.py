@@ -165,13 +165,15 @@ def test_a_rewound_run_equals_one_told_beforehand_what_to_leave_out(
     assert entry == {"at_step": 9, "to_step": 4, "left_out": [5, 6, 7, 8, 9]}
     saved = native.read_state(folders.resolve(run))
     assert (saved["left_out_batches"], saved["rewinds"]) == ([5, 6, 7, 8, 9], 1)
-    # As if killed right after going back: no checkpoint knows of it yet.
-    for later in folders.list_checkpoints(run)[2:]:
-        shutil.rmtree(later)
-    (run / "checkpoints" / "latest").write_text("step_00000004\n")
-    assert train_here(path, *REWIND).rewinds == 1
-    assert same_rows(run, told)
-    assert same_checkpoints(run, told)
+    assert saved["guard"] == native.read_state(folders.resolve(told))["guard"]
+    # As if killed after the steps left out, and right after going back, when no checkpoint knows of it yet.
+    for step in (10, 4):
+        for later in folders.list_checkpoints(run)[step // 2 :]:
+            shutil.rmtree(later)
+        (run / "checkpoints" / "latest").write_text(f"step_{step:08}\n")
+        assert train_here(path, *REWIND).rewinds == 1
+        assert same_rows(run, told)
+        assert same_checkpoints(run, told)
 
 
 def rewinds_on_ranks(rank: int, world: int, path: str) -> tuple[int, list[int]]:
