@@ -7,7 +7,7 @@ gets its branch, never the root."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -209,9 +209,15 @@ class SkipConfig(Branch):
     window: int = Field(128, ge=2)
     """Updates looked back; until half of them are made, only what is not finite is left out."""
     stop_after: int = Field(5, ge=1)
-    """Steps skipped in a row that end the run, or rewind it."""
+    """Steps skipped in a row that end the run, or rewind it. A step that is left out beforehand is not counted."""
     on_stop: Literal["stop", "rewind"] = "stop"
-    """rewind: go back to the newest checkpoint from before them and leave their batches out (not available yet)."""
+    """rewind: go back to the newest checkpoint from before them and leave their batches out. Later checkpoints are removed."""
+    rewind_before: int = Field(0, ge=0)
+    """Steps before them that a rewind leaves out too. At 0 a rewind mends damaged state, and nothing that an update did."""
+    max_rewinds: int = Field(3, ge=0)
+    """Rewinds in a whole run; after them, too many skipped steps end it."""
+    steps: list[Annotated[int, Field(ge=1)]] = []
+    """Steps, from 1, whose batches are left out without a look at them: no update, no loss."""
 
 
 class TrainConfig(Branch):
@@ -238,7 +244,10 @@ class TrainConfig(Branch):
     """Leave out updates that would do harm, and write their batches to RUN/skipped; None: a loss or norm that is not finite
     ends the run."""
     timeout_s: float = Field(600.0, gt=0)
-    """Seconds after which a collective is taken for one that hangs (another value: not available yet)."""
+    """Seconds that a rank may wait in a collective. Then the ranks that are behind are named, and all end. Longer than the slowest
+    save, evaluation and read of a checkpoint."""
+    bandwidth_check: bool = True
+    """Measure at start what an all-reduce over each axis reaches (less than two seconds), and print it."""
     memory_check: Literal["warn", "refuse"] = "warn"
     """When the estimate exceeds the free memory (refuse: not available yet)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -308,7 +317,7 @@ class CheckpointConfig(Branch):
     keep_every: int | None = Field(None, ge=1)
     """Checkpoints of steps divisible by this are never dropped."""
     async_save: bool = False
-    """Save in the background: training waits for a copy in host memory (as large as a rank's share), not for the disk."""
+    """Save in the background: the next update waits for a copy in host memory (as large as a rank's share), nothing for the disk."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in run_dir if there is one."""
     load: str | None = None

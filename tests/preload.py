@@ -4,4 +4,5 @@ import torch.distributed.tensor  # noqa: F401
 
 import opencoder.checkpoint.native
 import opencoder.model.initialise
-import opencoder.optim.optimizer  # noqa: F401
+import opencoder.optim.optimizer
+import opencoder.train.loop  # noqa: F401

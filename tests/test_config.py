@@ -119,7 +119,12 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
             3,
             "data.seq_len=128 cannot be cut in 2·cp chunks with parallel.cp=3: set it to a multiple of 6",
         ),
-        (["train.skip={on_stop: rewind}"], 1, "train.skip.on_stop=rewind is not available"),
+        (["train.skip={on_stop: rewind}"], 1, "needs checkpoints to go back to: set checkpoint.every"),
+        (
+            ["train.skip={on_stop: rewind}", "checkpoint.every=2", "checkpoint.keep=2"],
+            1,
+            "the 5 steps that train.skip may rewind (stop_after + rewind_before): set checkpoint.keep to at least 3",
+        ),
         (
             ["train.recompute={modules: [mlp], layers: 9}"],
             1,
@@ -127,7 +132,6 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         ),
         (["train.recompute={modules: [mlp], layers: [1, 8]}"], 1, "layers=[1, 8] names a layer that is not there"),
         (["train.recompute={layers: 2}"], 1, "without modules is without effect"),
-        (["train.timeout_s=60"], 1, "train.timeout_s=60 is not available"),
         (["train.memory_check=refuse"], 1, "train.memory_check=refuse is not available"),
         (["checkpoint.fork=r", "checkpoint.load=r"], 1, "checkpoint.fork and checkpoint.load are both set"),
     ],

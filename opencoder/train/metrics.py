@@ -72,14 +72,33 @@ def losses_by_group(by_group: torch.Tensor, names: GroupNames) -> dict[str, dict
     return found
 
 
+class RowFile:
+    """A file of JSON rows, each with its `step`, that a run appends to."""
+
+    def __init__(self, path: Path, *, first_step: int) -> None:
+        """Rows of steps that a resumed run does again are removed first."""
+        rows = [row for row in read_rows(path) if row["step"] < first_step]
+        with atomic_open(path) as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append `row` and flush it: after a kill at most the step under way is missing."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Make everything durable."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
 class MetricsLog:
     """Writes one row per step. Opened on rank 0 only."""
 
     def __init__(self, run_dir: Path, config: LogConfig, *, first_step: int, settings: dict[str, Any]) -> None:
         """Rows of steps that a resumed run does again are removed first."""
-        self.path = run_dir / "metrics.jsonl"
-        _drop_rows_from(self.path, first_step)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+        self.file = RowFile(run_dir / "metrics.jsonl", first_step=first_step)
         self.every = config.every
         self.writer = None
         if config.tensorboard:
@@ -89,11 +108,10 @@ class MetricsLog:
         self.wandb = _start_wandb(run_dir, settings) if config.wandb else None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append `row` (it has `step`) and flush it: after a kill at most the step under way is missing. Numbers that are not
-        finite become null: JSON has none. A value may be a dict of numbers, which are shown as key/name."""
+        """Append `row` (it has `step`). Numbers that are not finite become null: JSON has none. A value may be a dict of numbers,
+        which are shown as key/name."""
         row = {k: _finite(v) for k, v in row.items()}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        self.file.write(row)
         if row["step"] % self.every == 0 or "valid_loss" in row:
             numbers = {k: v for k, v in _flat(row).items() if k != "step" and v is not None}
             for key, value in numbers.items():
@@ -104,7 +122,6 @@ class MetricsLog:
 
     def close(self) -> None:
         """Make everything durable."""
-        os.fsync(self.file.fileno())
         self.file.close()
         if self.writer is not None:
             self.writer.close()
@@ -139,9 +156,3 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
-
-
-def _drop_rows_from(path: Path, first_step: int) -> None:
-    rows = [row for row in read_rows(path) if row["step"] < first_step]
-    with atomic_open(path) as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -29,11 +30,15 @@ class Case:
     documents: bool = False
     """Samples are cut in documents that do not see one another."""
     z_loss: float = 0.0
+    recompute: str = "none"
+    """As train.recompute."""
+    targets: tuple[tuple[int, ...], ...] | None = None
+    """Of each sample the positions whose labels count, none for samples beyond these; None: as `batch` masks them."""
 
     @property
     def truth(self) -> Case:
         """The same model and batch in one process, whole."""
-        return Case(1, self.base, SAMPLES, documents=self.documents, z_loss=self.z_loss)
+        return Case(1, self.base, SAMPLES, documents=self.documents, z_loss=self.z_loss, targets=self.targets)
 
 
 CASES: dict[str, Case] = {
@@ -119,9 +124,36 @@ CASES: dict[str, Case] = {
 }
 
 
-def micro_batches(case: Case, vocab: int, dp_rank: int, dp_size: int) -> list[MicroBatch]:
-    """This rank's share of the global batch, cut as the loader cuts it (data/loader.py)."""
-    tokens, labels = batch(vocab, SAMPLES, LENGTH)
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "1f1b": {},
+    "interleaved": {"schedule": "interleaved", "virtual_stages": 2},
+    "zb": {"schedule": "zb", "virtual_stages": 2},
+    "zbv": {"schedule": "zbv", "virtual_stages": 2},
+}
+
+
+def product_of_axes(ranks: int = 8) -> dict[str, Case]:
+    """{tp, pp, cp, dp: 1 or 2} of at most so many ranks, with and without sequence parallelism, under every schedule."""
+    found: dict[str, Case] = {}
+    for tp, pp, cp, dp in product((1, 2), repeat=4):
+        world = tp * pp * cp * dp
+        if not 1 < world <= ranks:
+            continue
+        sizes = {"tp": tp, "pp": pp, "cp": cp}
+        name = "-".join(f"{axis}2" for axis, size in {**sizes, "dp": dp}.items() if size > 1)
+        for sp in (False, True)[:tp]:
+            for schedule, settings in SCHEDULES.items() if pp > 1 else [("", {})]:
+                parallel = {**sizes, "sequence_parallel": sp, **settings}
+                full_name = "-".join(filter(None, [name, "sp" if sp else "", schedule]))
+                found[full_name] = Case(world, {**SMALL, "layers": 4}, 1, parallel, documents=True)
+    return found
+
+
+def micro_batches(case: Case, vocab: int, dp_rank: int, dp_size: int, *, seed: int = 0) -> list[MicroBatch]:
+    """This rank's share of a global batch, cut as the loader cuts it (data/loader.py)."""
+    tokens, labels = batch(vocab, SAMPLES, LENGTH, seed=seed)
+    if case.targets is not None:
+        labels = _counted_alone(tokens, case.targets)
     b = case.micro_batch
     found = []
     for begin in range(dp_rank * b, SAMPLES, b * dp_size):
@@ -129,6 +161,15 @@ def micro_batches(case: Case, vocab: int, dp_rank: int, dp_size: int) -> list[Mi
         bounds, longest = (_bounds(range(begin, begin + b)), LENGTH) if case.documents else (None, None)
         found.append(MicroBatch(tokens[rows], labels[rows], bounds, longest))
     return found
+
+
+def _counted_alone(tokens: torch.Tensor, targets: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """The next token at the positions of `targets`, elsewhere −100."""
+    labels = torch.full_like(tokens, -100)
+    for sample, positions in enumerate(targets):
+        for at in positions:
+            labels[sample, at] = tokens[sample, (at + 1) % LENGTH]
+    return labels
 
 
 def _bounds(samples: range) -> torch.Tensor:

@@ -14,7 +14,7 @@ from opencoder.train.environment import set_determinism
 from opencoder.train.loop import Trainer
 from opencoder.train.metrics import read_rows
 from tests.data.test_groups import blend
-from tests.harness import run_ranks
+from tests.harness import run_cases
 from tests.model.cases import SMALL
 from tests.train.test_run import same_checkpoints
 
@@ -44,10 +44,10 @@ def test_two_runs_over_tp_and_dp_give_the_same_bits(tmp_path: Path) -> None:
         "optim": {"lr": 1e-2, "schedule": "constant"},
         "log": {"tensorboard": False, "peak_tflops": 1.0},
     }  # fmt: skip
+    found = run_cases(trained, 4, {n: ({**settings, "run_dir": str(tmp_path / n)},) for n in ("first", "second")})
     rows = []
     for name in ("first", "second"):
-        found = run_ranks(trained, 4, {**settings, "run_dir": str(tmp_path / name)})
-        assert found == [(True, ":4096:8")] * 4
+        assert found[name] == [(True, ":4096:8")] * 4
         read = read_rows(tmp_path / name / "metrics.jsonl")
         rows.append([{key: value for key, value in row.items() if key not in MEASURED} for row in read])
     assert rows[0] == rows[1]
