@@ -116,7 +116,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, mesh: Mesh, how: _How, *, recompute: frozenset[str] = frozenset()) -> None:
         """`recompute`: which of its modules run again in the backward pass, "full" for all of it."""
         super().__init__()
-        self.recompute = recompute
+        # A layer that runs again whole keeps nothing between: to make norms again there would keep their sums.
+        self.recompute = recompute - {"norm"} if "full" in recompute else recompute
         width, eps = config.hidden_size, config.norm_eps
         self.input_layernorm = RMSNorm(width, eps, tokens_split=how.tokens_split)
         self.self_attn = Attention(config, mesh, how)

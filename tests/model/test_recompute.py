@@ -92,6 +92,7 @@ def test_the_peak_falls_with_what_runs_again(tmp_path: Path) -> None:
     peaks = [peak(recompute, tmp_path) for recompute in ("none", "norm", "mlp", both, "full", PAIRS[-1])]
     assert all(lower < higher for higher, lower in pairwise(peaks)), peaks
     assert peak("attention", tmp_path) < peaks[0]
+    assert peak(RecomputeConfig(modules=["full", "norm"]), tmp_path) == peaks[4]
 
 
 def updated(rank: int, world: int, settings: dict[str, Any], recompute: str) -> dict[str, torch.Tensor]:
