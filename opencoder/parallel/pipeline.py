@@ -238,6 +238,7 @@ class Pipeline:
             )
         except RuntimeError as error:  # torch wraps what a stage raises into another
             if (found := communication_error(error, self.transfers)) is not None:
+                self.transfers.pp.records.wait(None)
                 raise found from error
             raise
         self.transfers.end()

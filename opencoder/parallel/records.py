@@ -126,6 +126,7 @@ class Records:
         try:
             yield
         except RuntimeError as error:  # what torch raises for a time-out, a closed connection and the like
+            self.wait(None)
             raise CommunicationError(record, error) from error
         self.end(record, time.monotonic() - start)
 

@@ -130,14 +130,14 @@ def train_poisoned(trainer: Trainer, bad: tuple[int, ...]) -> RunState:
     return trainer.state
 
 
-REWIND = ["train.skip={window: 8, stop_after: 3, on_stop: rewind, rewind_before: 2}", "checkpoint.every=2"]
+REWIND = ["train.skip={window: 8, stop_after: 3, on_stop: rewind, rewind_before: 1}", "checkpoint.every=2"]
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory, prefix: Path) -> Path:  # noqa: F811
     """A run told beforehand to leave out what the others learn to leave out."""
     folder = tmp_path_factory.mktemp("told")
-    train_here(config(folder, prefix), "train.skip={window: 8, steps: [5, 6, 7, 8, 9]}", "checkpoint.every=2")
+    train_here(config(folder, prefix), "train.skip={window: 8, steps: [6, 7, 8, 9]}", "checkpoint.every=2")
     return folder / "run"
 
 
@@ -154,17 +154,17 @@ def test_a_rewound_run_equals_one_told_beforehand_what_to_leave_out(
 ) -> None:
     path, run = config(tmp_path, prefix), tmp_path / "run"
     state = train_here(path, *REWIND, bad=(7, 8, 9))
-    assert (state.rewinds, state.left_out, state.skipped) == (1, [5, 6, 7, 8, 9], [])
+    assert (state.rewinds, state.left_out, state.skipped) == (1, [6, 7, 8, 9], [])
     assert same_rows(run, told)
     assert same_checkpoints(run, told)
     rows = read_rows(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 13))
-    assert [row["step"] for row in rows if row.get("left_out")] == [5, 6, 7, 8, 9]
-    assert rows[-1]["tokens"] == 7 * 256
+    assert [row["step"] for row in rows if row.get("left_out")] == [6, 7, 8, 9]
+    assert rows[-1]["tokens"] == 8 * 256
     (entry,) = json.loads((run / "skipped" / "rewinds.json").read_text())
-    assert entry == {"at_step": 9, "to_step": 4, "left_out": [5, 6, 7, 8, 9]}
+    assert entry == {"at_step": 9, "to_step": 4, "left_out": [6, 7, 8, 9]}
     saved = native.read_state(folders.resolve(run))
-    assert (saved["left_out_batches"], saved["rewinds"]) == ([5, 6, 7, 8, 9], 1)
+    assert (saved["left_out_batches"], saved["rewinds"]) == ([6, 7, 8, 9], 1)
     assert saved["guard"] == native.read_state(folders.resolve(told))["guard"]
     # As if killed after the steps left out, and right after going back, when no checkpoint knows of it yet.
     for step in (10, 4):
@@ -184,10 +184,10 @@ def rewinds_on_ranks(rank: int, world: int, path: str) -> tuple[int, list[int]]:
 
 def test_all_ranks_rewind_together(tmp_path: Path, prefix: Path, told: Path) -> None:  # noqa: F811
     path = config(tmp_path, prefix)
-    assert run_ranks(rewinds_on_ranks, 2, str(path)) == [(1, [5, 6, 7, 8, 9])] * 2
+    assert run_ranks(rewinds_on_ranks, 2, str(path)) == [(1, [6, 7, 8, 9])] * 2
     found, truth = ([row["loss"] for row in read_rows(r / "metrics.jsonl")] for r in (tmp_path / "run", told))
-    assert found[4:9] == truth[4:9] == [None] * 5
-    assert found[:4] + found[9:] == pytest.approx(truth[:4] + truth[9:], rel=1e-5)
+    assert found[5:9] == truth[5:9] == [None] * 4
+    assert found[:5] + found[9:] == pytest.approx(truth[:5] + truth[9:], rel=1e-5)
 
 
 def test_a_run_cannot_rewind_for_ever_nor_without_a_checkpoint(tmp_path: Path, prefix: Path) -> None:  # noqa: F811
