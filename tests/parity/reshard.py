@@ -137,10 +137,10 @@ def main() -> int:
     print(
         f"{keys} tensors, bit by bit; '=': all of them, a number: so many are wrong. Down: saved at, across: loaded at"
     )
-    print(" " * 18 + " ".join(f"{i:>2}" for i in range(len(LAYOUTS))) + "  whole")
+    print(" " * 20 + " ".join(f"{i:>2}" for i in range(len(LAYOUTS))) + "  whole")
     for i, a in enumerate(LAYOUTS):
         row = " ".join(f"{len(found[a, b]) or '=':>2}" for b in (*LAYOUTS, ""))
-        print(f"{i:>2} {a:15}{row}")
+        print(f"{i:>2} {a:17}{row}")
     wrong = [pair for pair, keys in found.items() if keys]
     print(f"{len(LAYOUTS) ** 2} pairs, {len(wrong)} wrong")
     return 1 if wrong else 0

@@ -29,19 +29,19 @@ def main(names: list[str]) -> int:
 
 def print_updates(table: dict[str, dict[str, float]]) -> None:
     """Errors of one update."""
-    print(f"{'layout':22} {'loss':>9} {'norm':>9} {'clip':>9} {'evaluation':>10}  worst gradient")
+    print(f"{'layout':26} {'loss':>9} {'norm':>9} {'clip':>9} {'evaluation':>10}  worst gradient")
     for name, found in table.items():
         key = max((k for k in found if k.startswith("gradient ")), key=found.__getitem__)
         numbers = " ".join(f"{found[k]:9.1e}" for k in ("loss", "norm", "clip"))
-        print(f"{name:22} {numbers} {found['evaluation']:10.1e}  {found[key]:.1e} {key.removeprefix('gradient ')}")
+        print(f"{name:26} {numbers} {found['evaluation']:10.1e}  {found[key]:.1e} {key.removeprefix('gradient ')}")
 
 
 def print_steps(losses: list[float], table: dict[str, tuple[list[float], list[float]]]) -> None:
     """Errors of a short run."""
     print(f"\n{STEPS} steps, one process: loss {losses[0]:.4f} to {losses[-1]:.4f}")
-    print(f"{'layout':22} {'loss, step 1':>12} {'last step':>9} {'largest':>9}  largest of the norm")
+    print(f"{'layout':26} {'loss, step 1':>12} {'last step':>9} {'largest':>9}  largest of the norm")
     for name, (loss, norm) in table.items():
-        print(f"{name:22} {loss[0]:12.1e} {loss[-1]:9.1e} {max(loss):9.1e}  {max(norm):.1e}")
+        print(f"{name:26} {loss[0]:12.1e} {loss[-1]:9.1e} {max(loss):9.1e}  {max(norm):.1e}")
 
 
 if __name__ == "__main__":
