@@ -238,8 +238,8 @@ class TrainConfig(Branch):
     ends the run."""
     timeout_s: float = Field(600.0, gt=0)
     """Seconds after which a collective is taken for one that hangs (another value: not available yet)."""
-    memory_check: Literal["warn", "refuse"] = "warn"
-    """When the estimate exceeds the free memory (refuse: not available yet)."""
+    memory_check: Literal["off", "warn", "refuse"] = "warn"
+    """What to do before the start when the estimate of `--dry-run` exceeds the memory that is free."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
     """Ask torch for deterministic algorithms and fail where there is none."""

@@ -78,7 +78,6 @@ def _check_available(config: Config) -> None:
         f"train.recompute={t.recompute}": "norm" in t.recompute.modules,
         "train.skip.on_stop=rewind": t.skip is not None and t.skip.on_stop != "stop",
         f"train.timeout_s={t.timeout_s:g}": t.timeout_s != 600,
-        f"train.memory_check={t.memory_check}": t.memory_check != "warn",
         f"optim.name={config.optim.name}": config.optim.name == "lars",
         f"optim.schedule={config.optim.schedule}": config.optim.schedule == "fccs",
     }
