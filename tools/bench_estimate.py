@@ -52,11 +52,11 @@ LAYOUTS: dict[str, Layout] = {
     "pp 2, 1f1b": Layout(2, 8, 3, {"pp": 2}),
     "pp 2, interleaved": Layout(2, 8, 4, {"pp": 2, "schedule": "interleaved", "virtual_stages": 2}),
     "pp 2, zb": Layout(2, 8, 3, {"pp": 2, "schedule": "zb"}),
-    "pp 2, zbv": Layout(2, 8, 4, {"pp": 2, "schedule": "zbv", "virtual_stages": 2}),
+    "pp 2, zbv": Layout(2, 8, 3, {"pp": 2, "schedule": "zbv", "virtual_stages": 2}),
     "cp 2, ring": Layout(2, 4, 2, {"cp": 2}, seq_len=2048),
     "cp 2, ulysses": Layout(2, 4, 2, {"cp": 2, "context_attention": "ulysses"}, seq_len=2048),
-    "dp 2, sharded": Layout(2, 6, 2, {"sharded_optimizer": True}),
-    "tp 2, pp 2, attention recomputed": Layout(4, 18, 2, {"tp": 2, "pp": 2}, {"recompute": "attention"}),
+    "dp 2, sharded": Layout(2, 7, 2, {"sharded_optimizer": True}, seq_len=512),
+    "tp 2, pp 2, attention recomputed": Layout(4, 20, 2, {"tp": 2, "pp": 2}, {"recompute": "attention"}, seq_len=512),
 }
 
 

@@ -122,7 +122,9 @@ class Handle(Generic[Result]):
             start = time.monotonic()
             for work in self._works:
                 work.wait()
-            self._result.append(self._finish())
+            result = self._finish()
+            self._result.append(result)
+            self._works, self._finish = (), lambda: result  # what they held is free, also while this handle is kept
             if self._record is not None and self._records is not None:
                 self._records.end(self._record, time.monotonic() - start)
         return self._result[0]

@@ -240,7 +240,8 @@ def head(config: Config, s: Sizes) -> Module:
     one_op = s.tp == 1 and not config.train.z_loss
     kept = norm + s.whole * (2 if one_op else 1) + numbers * s.wide + loss
     widened = 4 * chunk if s.cpu and s.width < 4 else 0  # the CPU has no product of 16-bit tensors with a wide result
-    forward = kept + (0 if one_op else s.whole) + chunk * s.width + widened
+    # Under sequence parallelism the hidden state is there as this rank's share and gathered.
+    forward = kept + (0 if one_op else s.whole) + (s.hidden if s.split else 0) + chunk * s.width + widened
     steps = (
         Step(kept, 0, weights if s.width < s.wide else 0),
         Step(norm + s.whole + leaving + s.hidden, weights),
