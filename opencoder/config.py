@@ -248,8 +248,8 @@ class TrainConfig(Branch):
     save, evaluation and read of a checkpoint."""
     bandwidth_check: bool = True
     """Measure at start what an all-reduce over each axis reaches (less than two seconds), and print it."""
-    memory_check: Literal["warn", "refuse"] = "warn"
-    """When the estimate exceeds the free memory (refuse: not available yet)."""
+    memory_check: Literal["off", "warn", "refuse"] = "warn"
+    """What to do before the start when the estimate of `--dry-run` exceeds the memory that is free."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
     """The same bits every time on the same layout and machine: torch's deterministic algorithms, an error where an operator has

@@ -76,7 +76,6 @@ def _check_available(config: Config) -> None:
     missing = {
         f"model.head.kind={config.model.head.kind}": config.model.head.kind != "vocab",
         f"data.kind={d.kind}": d.kind != "lm",
-        f"train.memory_check={t.memory_check}": t.memory_check != "warn",
         f"optim.name={config.optim.name}": config.optim.name == "lars",
         f"optim.schedule={config.optim.schedule}": config.optim.schedule == "fccs",
     }

@@ -132,7 +132,6 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
         ),
         (["train.recompute={modules: [mlp], layers: [1, 8]}"], 1, "layers=[1, 8] names a layer that is not there"),
         (["train.recompute={layers: 2}"], 1, "without modules is without effect"),
-        (["train.memory_check=refuse"], 1, "train.memory_check=refuse is not available"),
         (["checkpoint.fork=r", "checkpoint.load=r"], 1, "checkpoint.fork and checkpoint.load are both set"),
     ],
 )

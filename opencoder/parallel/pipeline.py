@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -24,11 +24,19 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.pipelining.schedules import FORWARD, _Action, _add_send_recv, _PipelineScheduleRuntime
+from torch.distributed.pipelining.schedules import (
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    FULL_BACKWARD,
+    _Action,
+    _add_send_recv,
+    _PipelineScheduleRuntime,
+)
 from torch.distributed.pipelining.stage import _RecvInfo
 
 from .group import Group
-from .layout import Schedule
+from .layout import Schedule, stage_ranks
 from .transfers import BACKWARD, Transfers, communication_error
 from .transfers import FORWARD as FORWARD_PASS
 
@@ -40,6 +48,12 @@ _SCHEDULES: dict[Schedule, Callable[..., Any]] = {
 }
 # On any exception it prints the whole schedule, which says nothing to who looks for the cause.
 logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
+_KINDS: dict[Any, Literal["F", "B", "I", "W"]] = {
+    FORWARD: "F",
+    FULL_BACKWARD: "B",
+    BACKWARD_INPUT: "I",
+    BACKWARD_WEIGHT: "W",
+}
 Call = Callable[[int], None]
 """Is told the number of a stage."""
 
@@ -51,6 +65,15 @@ class Shapes(NamedTuple):
     """Input of the first stage."""
     between: torch.Tensor
     """Output of each stage but the last, which gives a 0-dim loss of the same type."""
+
+
+class Work(NamedTuple):
+    """What a rank does at one time."""
+
+    stage: int
+    kind: Literal["F", "B", "I", "W"]
+    """Forward; backward; backward of inputs; backward of weights."""
+    micro_batch: int
 
 
 class Stage(PipelineStage):
@@ -263,3 +286,30 @@ def _forward_only(stages: list[Stage], ranks: Sequence[int], num_micro_batches: 
     for stage in stages:
         stage.stage_index_to_group_rank = dict(enumerate(ranks))
     return runtime
+
+
+def order_of_work(schedule: Schedule, pp: int, virtual_stages: int, num_micro_batches: int) -> list[list[Work]]:
+    """For each rank of a pipeline what it does, in its order: torch's own, without starting anything."""
+    n = num_micro_batches
+    if schedule == "1f1b":
+        found = []
+        for stage in range(pp):
+            ahead = min(n, pp - stage)
+            work = [Work(stage, "F", i) for i in range(ahead)]
+            for i in range(n):
+                work.append(Work(stage, "B", i))
+                work += [Work(stage, "F", i + ahead)] if i + ahead < n else []
+            found.append(work)
+        return found
+    bare: Any = object.__new__(_SCHEDULES[schedule])  # type: ignore[arg-type]
+    bare.pp_group_size, bare.n_local_stages, bare._n_microbatches = pp, virtual_stages, n
+    bare.num_stages = len(stage_ranks(schedule, pp, virtual_stages))
+    bare.microbatches_per_round = n // max(1, n // pp)
+    return [
+        [
+            Work(action.stage_index, _KINDS[action.computation_type], action.microbatch_index)
+            for action in bare._calculate_single_rank_operations(rank)
+            if action is not None
+        ]
+        for rank in range(pp)
+    ]

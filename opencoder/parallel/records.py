@@ -169,5 +169,7 @@ class Handle(Generic[Result]):
                 with self._records.waits_for(self._record):
                     for work in self._works:
                         work.wait()
-            self._result.append(self._finish())
+            result = self._finish()
+            self._result.append(result)
+            self._works, self._finish = (), lambda: result  # what they held is free, also while this handle is kept
         return self._result[0]

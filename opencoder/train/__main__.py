@@ -37,11 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     from .loop import Trainer
+    from .memory_check import check_memory
 
     try:
         with environment(config) as (mesh, device):
             if mesh.world.rank == 0:
                 print(f"dp = {data_parallel_size(config, size)}", flush=True)
+            check_memory(config, mesh, device)
             Trainer(config, mesh, device).run()
     except UserError as error:
         if (left := restarts_left()) and not error.told_elsewhere:
