@@ -7,7 +7,7 @@ gets its branch, never the root."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -209,9 +209,15 @@ class SkipConfig(Branch):
     window: int = Field(128, ge=2)
     """Updates looked back; until half of them are made, only what is not finite is left out."""
     stop_after: int = Field(5, ge=1)
-    """Steps skipped in a row that end the run, or rewind it."""
+    """Steps skipped in a row that end the run, or rewind it. A step that is left out beforehand is not counted."""
     on_stop: Literal["stop", "rewind"] = "stop"
-    """rewind: go back to the newest checkpoint from before them and leave their batches out (not available yet)."""
+    """rewind: go back to the newest checkpoint from before them and leave their batches out. Later checkpoints are removed."""
+    rewind_before: int = Field(0, ge=0)
+    """Steps before them that a rewind leaves out too. At 0 a rewind mends damaged state, and nothing that an update did."""
+    max_rewinds: int = Field(3, ge=0)
+    """Rewinds in a whole run; after them, too many skipped steps end it."""
+    steps: list[Annotated[int, Field(ge=1)]] = []
+    """Steps, from 1, whose batches are left out without a look at them: no update, no loss."""
 
 
 class TrainConfig(Branch):
@@ -230,19 +236,25 @@ class TrainConfig(Branch):
     seed: int = 1234
     recompute: RecomputeConfig = RecomputeConfig()
     """none; full: keep only the input of each layer for backward and work out the rest again; attention or mlp: the same for that
-    module alone; {modules: […], layers: …}: for some layers. norm is not available yet."""
+    module alone; norm: make the results of norms again; {modules: […], layers: …}: for some layers. Changes no bit, but that in
+    bf16 norm takes the norms of rounded sums."""
     z_loss: float = Field(0.0, ge=0)
     """Weight of the squared log-sum-exp of the logits in what is minimised; the loss that is told stays the cross entropy."""
     skip: SkipConfig | None = None
     """Leave out updates that would do harm, and write their batches to RUN/skipped; None: a loss or norm that is not finite
     ends the run."""
     timeout_s: float = Field(600.0, gt=0)
-    """Seconds after which a collective is taken for one that hangs (another value: not available yet)."""
-    memory_check: Literal["warn", "refuse"] = "warn"
-    """When the estimate exceeds the free memory (refuse: not available yet)."""
+    """Seconds that a rank may wait in a collective. Then the ranks that are behind are named, and all end. Longer than the slowest
+    save, evaluation and read of a checkpoint."""
+    bandwidth_check: bool = True
+    """Measure at start what an all-reduce over each axis reaches (less than two seconds), and print it."""
+    memory_check: Literal["off", "warn", "refuse"] = "warn"
+    """What to do before the start when the estimate of `--dry-run` exceeds the memory that is free."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
-    """Ask torch for deterministic algorithms and fail where there is none."""
+    """The same bits every time on the same layout and machine: torch's deterministic algorithms, an error where an operator has
+    none, and a fixed workspace for cuBLAS (CUBLAS_WORKSPACE_CONFIG=:4096:8). With or without it seeds are fixed and our kernels
+    add nothing atomically; what NCCL does is not tested."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per process; default: cores / processes on this machine."""
     eval_every: int | None = Field(None, ge=1)
@@ -305,7 +317,7 @@ class CheckpointConfig(Branch):
     keep_every: int | None = Field(None, ge=1)
     """Checkpoints of steps divisible by this are never dropped."""
     async_save: bool = False
-    """Save in the background: training waits for a copy in host memory (as large as a rank's share), not for the disk."""
+    """Save in the background: the next update waits for a copy in host memory (as large as a rank's share), nothing for the disk."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in run_dir if there is one."""
     load: str | None = None
@@ -315,13 +327,16 @@ class CheckpointConfig(Branch):
     schedule."""
     seed: bool = False
     """Write the checkpoint of step 0, from which any layout starts, and end."""
+    check_replicas: bool = True
+    """Compare before every save what several ranks hold alike, bit by bit, and end the run if it differs. Costs a hash of a rank's
+    share, in the background with async_save."""
 
 
 class LogConfig(Branch):
     """What is told while training."""
 
     every: int = Field(1, ge=1)
-    """Steps between console lines and TensorBoard points; metrics.jsonl has every step."""
+    """Steps between console lines and TensorBoard points, and between losses by source and language; metrics.jsonl has every step."""
     tensorboard: bool = True
     wandb: bool = False
     """Needs the extra `wandb`."""

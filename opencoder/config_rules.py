@@ -67,6 +67,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_pipeline(config, data_parallel_size(config, world_size))
     _check_schedule(config)
     _check_checkpoint(config)
+    _check_rewind(config)
 
 
 def _check_available(config: Config) -> None:
@@ -75,10 +76,6 @@ def _check_available(config: Config) -> None:
     missing = {
         f"model.head.kind={config.model.head.kind}": config.model.head.kind != "vocab",
         f"data.kind={d.kind}": d.kind != "lm",
-        f"train.recompute={t.recompute}": "norm" in t.recompute.modules,
-        "train.skip.on_stop=rewind": t.skip is not None and t.skip.on_stop != "stop",
-        f"train.timeout_s={t.timeout_s:g}": t.timeout_s != 600,
-        f"train.memory_check={t.memory_check}": t.memory_check != "warn",
         f"optim.name={config.optim.name}": config.optim.name == "lars",
         f"optim.schedule={config.optim.schedule}": config.optim.schedule == "fccs",
     }
@@ -144,7 +141,8 @@ def _check_recompute(config: Config) -> None:
         )
     if chosen is not None and not config.train.recompute.modules:
         raise ConfigError(
-            f"train.recompute.layers={chosen} without modules is without effect: add modules: [full], or some of attention and mlp"
+            f"train.recompute.layers={chosen} without modules is without effect: add modules: [full], or some of "
+            "attention, mlp and norm"
         )
 
 
@@ -253,11 +251,6 @@ def _check_pipeline(config: Config, dp: int) -> None:
             f"parallel.virtual_stages={p.virtual_stages} is not for parallel.schedule={p.schedule}, which takes {allowed}: "
             "set it so, or choose schedule 1f1b (1), interleaved (2 or more), zb (1 to 2) or zbv (2)"
         )
-    if m.tie_embeddings:
-        raise ConfigError(
-            f"model.tie_embeddings=true cannot be cut over parallel.pp={p.pp}, as both ends share a matrix: set "
-            "parallel.pp=1, or tie_embeddings=false"
-        )
     if m.head.kind != "vocab":
         raise ConfigError(f"model.head.kind={m.head.kind} needs parallel.pp=1, not {p.pp}")
     if m.layers < stages - 2:
@@ -327,4 +320,18 @@ def _check_checkpoint(config: Config) -> None:
         raise ConfigError(
             "checkpoint.fork and checkpoint.load are both set: fork goes on with optimizer state and position, load takes "
             "weights alone; remove one"
+        )
+
+
+def _check_rewind(config: Config) -> None:
+    skip, c = config.train.skip, config.checkpoint
+    if skip is None or skip.on_stop != "rewind":
+        return
+    if c.every is None:
+        raise ConfigError("train.skip.on_stop=rewind needs checkpoints to go back to: set checkpoint.every")
+    back = skip.stop_after + skip.rewind_before
+    if c.keep is not None and (c.keep - 1) * c.every < back - 1:
+        raise ConfigError(
+            f"checkpoint.keep={c.keep} with checkpoint.every={c.every} does not reach back the {back} steps that train.skip may "
+            f"rewind (stop_after + rewind_before): set checkpoint.keep to at least {-(-(back - 1) // c.every) + 1}"
         )

@@ -78,9 +78,11 @@ def test_kernels_know_nothing_of_the_rest() -> None:
             assert rooms_of(imported_modules(file, package)) <= {"kernels"}, file
 
 
-# Who may call torch.distributed: one file for collectives, one for torch's pipeline schedules, checkpoints for torch's own format.
+# Who may call torch.distributed: one file for collectives, one for how ranks find each other, one for torch's pipeline schedules,
+# checkpoints for torch's own format.
 DISTRIBUTED = {
     "opencoder/parallel/group.py",
+    "opencoder/parallel/meeting.py",
     "opencoder/parallel/pipeline.py",
     "opencoder/checkpoint/parts.py",
     "opencoder/checkpoint/saver.py",

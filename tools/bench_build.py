@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,11 +26,13 @@ from opencoder.console import ProgressBar
 from opencoder.corpus.engine import memory
 from opencoder.corpus.read import SCHEMA
 from opencoder.corpus.stages import duplicates
+from opencoder.corpus.verdict import evaluate
 
 CENTRAL = ("exact", "licences", "groups", "sample")
 """Stages of one task, whose time is that of one core whatever the number of workers."""
 RECORDS = (100_000, 500_000)
 SHARD = 4000
+CEILING_FILES = 1000
 NEAR_SHARE = 0.1
 """Near-duplicates among the made-up records."""
 
@@ -39,7 +42,9 @@ def measure(inputs: Sequence[str], workers: Sequence[int], folder: str | None = 
     own = tempfile.mkdtemp(dir=folder)
     found: dict[str, Any] = {"workers": {}}
     try:
-        with ProgressBar("bench", total=len(workers) + 4, unit="builds") as bar:
+        with ProgressBar("bench", total=len(workers) + 5, unit="builds") as bar:
+            found["ceiling"] = ceiling(max(workers))
+            bar.advance()
             for count in workers:
                 output = Path(own) / f"workers-{count}"
                 found["workers"][str(count)] = _build(inputs, output, count)
@@ -76,6 +81,43 @@ def _build(inputs: Sequence[str], output: Path, workers: int, *more: str) -> dic
 
 def _size(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+# ---- what the machine allows ----
+
+
+def ceiling(workers: int) -> float:
+    """How much more of the same work `workers` processes do at a time than one alone, when they share nothing: signals and
+    verdicts of the standard library. Cores that share a cache, memory or a clock budget do not reach `workers`."""
+    alone = max(_signals_alike(1))
+    return workers * alone / max(_signals_alike(workers)) if workers > 1 else 1.0
+
+
+def _signals_alike(processes: int) -> list[float]:
+    """Seconds that each of so many processes takes, all starting together."""
+    context = get_context("spawn")
+    start, seconds = context.Barrier(processes), context.SimpleQueue()
+    running = [context.Process(target=_signals, args=(start, seconds)) for _ in range(processes)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    if any(process.exitcode for process in running):
+        raise RuntimeError("a process of the benchmark failed; its message stands above")
+    return [seconds.get() for _ in running]
+
+
+def _signals(start: Any, seconds: Any) -> None:
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(path for path in folder.glob("*/*.py") if "site-packages" not in path.parts)[:CEILING_FILES]
+    texts = [(path.name, path.read_text(encoding="utf-8", errors="replace")) for path in files]
+    for timed in (False, True):
+        if timed:
+            start.wait()
+        began = time.perf_counter()
+        for name, text in texts if timed else texts[:20]:
+            evaluate(text, path=name, size_bytes=len(text), language="python", doc_type="code", identity=None)
+    seconds.put(time.perf_counter() - began)
 
 
 # ---- what grows with the number of files ----
@@ -154,6 +196,9 @@ def table(found: dict[str, Any], files: int = 10**9) -> str:
             f"  {n} workers  {run['seconds']:>7.1f} s  {rate:>6.2f} MB/s  {first['seconds'] / run['seconds']:.2f}×   "
             f"peak of a worker {peak:,.0f} MB, of the driver {driver:,.0f} MB"
         )
+    lines.append(
+        f"  {max(runs)} processes that share nothing do {found['ceiling']:.2f}× the work of one on this machine"
+    )
     for name in ("unchanged", "verified"):
         lines.append(f"  {name:<10}{found[name]:>7.1f} s  {found[name] / last['seconds']:.3f} of the first")
     stages = {k: v for k, v in last["timings"].items() if k not in _NOT_STAGES}

@@ -31,6 +31,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench-corpus": ("opencoder.tools.bench_corpus", "signals, MinHash and dedup beside datasketch, decontamination"),
     "bench-dataset": ("opencoder.tools.bench_dataset", "random reads beside megatron-core, building indices, start-up"),
     "bench-checkpoint": ("opencoder.tools.bench_checkpoint", "saving and loading beside the disk's own rate"),
+    "bench-export": ("opencoder.tools.bench_export", "time and memory of an export to Hugging Face format"),
+    "bench-estimate": ("opencoder.tools.bench_estimate", "the estimate of --dry-run beside the memory of real steps"),
     "fetch-sources": ("opencoder.tools.fetch_sources", "real code from Debian and PyPI to measure the pipeline on"),
     "bench-sources": ("opencoder.tools.bench_sources", "reading speed of folders, archives and repositories"),
     "bench-lexing": ("opencoder.tools.bench_lexing", "lexers beside Pygments, scanners and parsers of the signals"),

@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(args: Namespace) -> None:
     from opencoder.checkpoint import hf_export
     from opencoder.parallel.group import Records, start_processes, stop_processes, world_group
-    from opencoder.train.environment import TIMEOUT_S, world_size
+    from opencoder.train.environment import START_UP_S, world_size
 
     if world_size() > 1:
-        start_processes("cpu", timeout_s=TIMEOUT_S)
+        start_processes("cpu", timeout_s=START_UP_S)
     try:
         world = world_group(Records())
         written = hf_export.export(args.input, args.output, dtype=args.dtype, world=world)

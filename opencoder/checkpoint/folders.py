@@ -7,8 +7,11 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from opencoder.errors import DataError
 from opencoder.files import FileFacts, facts_of, remove_directory, write_json
@@ -59,9 +62,10 @@ def resolve(path: str | Path) -> Path:
     return chosen
 
 
-def newest_intact(run_dir: Path, world: Group = SINGLE) -> Path | None:
+def newest_intact(run_dir: Path, world: Group = SINGLE, *, before: int | None = None) -> Path | None:
     """The checkpoint to resume from, the same on all ranks: the newest whose every byte is as it was written, or None if
-    the run has none at all. Going back to an older one is told in one line; DataError if none is intact.
+    the run has none at all (with `before`: none of an earlier step). Going back to an older one is told in one line;
+    DataError if none is intact.
 
     What a kill left of a save is removed: call it before the run saves anything."""
     found: list[Path] = []
@@ -69,7 +73,7 @@ def newest_intact(run_dir: Path, world: Group = SINGLE) -> Path | None:
         if world.rank == 0:
             clear_leftovers(run_dir)
             found = candidates(run_dir)
-    found = world.gather_objects(found)[0]
+    found = [folder for folder in world.gather_objects(found)[0] if before is None or step_of(folder) < before]
     if not found:
         return None
     try:
@@ -167,9 +171,38 @@ def _sum_problem(folder: Path, world: Group) -> str | None:
 def check_files(folder: Path, world: Group = SINGLE) -> None:
     """Compare every byte with the manifest. Raises DataError, on all ranks alike, naming the first file that differs."""
     if problem := problem_of(folder, world):
-        error = DataError(problem)
-        error.told_elsewhere = world.rank != 0
+        _raise_on_all(problem, world)
+
+
+@contextmanager
+def checking_files(folder: Path, world: Group = SINGLE) -> Iterator[None]:
+    """The same beside what the block reads of them: a thread of each rank takes its share of the files. All ranks leave the
+    block before any error is raised; a file that differs is the error, whatever the block made of it."""
+    sizes = next((p for p in world.gather_objects(size_problem(folder)) if p is not None), None)
+    if sizes is not None:
+        _raise_on_all(sizes, world)
+    with ThreadPoolExecutor(1, "verify") as pool:
+        job = pool.submit(_sum_problem, folder, world)
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as caught:
+            error = caught
+        try:
+            mine = job.result()
+        except OSError as unreadable:
+            mine = f"checkpoint {folder}: {unreadable}"
+    problem = next((p for p in world.gather_objects(mine) if p is not None), None)
+    if problem is not None:
+        _raise_on_all(problem, world)
+    if error is not None:
         raise error
+
+
+def _raise_on_all(problem: str, world: Group) -> NoReturn:
+    error = DataError(problem)
+    error.told_elsewhere = world.rank != 0
+    raise error
 
 
 def read_json(path: Path) -> dict[str, Any]:

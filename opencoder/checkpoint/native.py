@@ -24,8 +24,9 @@ from opencoder.errors import DataError, Failure
 from opencoder.files import FileFacts, replace_directory, write_json, write_text
 from opencoder.parallel.mesh import Group, Mesh
 
-from .folders import check_files, drop_old, read_json, step_name, write_manifest
+from .folders import checking_files, drop_old, read_json, step_name, write_manifest
 from .parts import GlobalPart, Tensors, global_part
+from .reading import TensorReader
 from .storage import TensorWriter
 from .together import together
 
@@ -115,29 +116,44 @@ def read_state(folder: Path) -> dict[str, Any]:
 def load_tensors(folder: Path, tensors: Tensors, mesh: Mesh, *, checked: bool = False) -> None:
     """Fill `tensors` in place from a checkpoint written at any layout. Raises DataError naming what does not fit.
 
-    Every byte is compared with the manifest first, unless the caller has `checked` it."""
-    if not checked:
-        check_files(folder, mesh.world)
+    Every byte is compared with the manifest meanwhile, unless the caller has `checked` it: a DataError also says that what
+    was filled in is worth nothing."""
+    if checked:
+        _fill(folder, tensors, mesh)
+        return
+    with checking_files(folder, mesh.world):
+        _fill(folder, tensors, mesh)
+
+
+def _fill(folder: Path, tensors: Tensors, mesh: Mesh) -> None:
+    mine = _misfit(folder, tensors)
+    if problem := next((p for p in mesh.world.gather_objects(mine) if p is not None), None):
+        raise DataError(problem)  # on all ranks: those of another pipeline stage ask for other tensors
+    state = {key: global_part(part, mesh) for key, part in tensors.items()}
+    with _single_process_is_meant():
+        dcp.load(state, storage_reader=TensorReader(folder / "tensors"), no_dist=mesh.world.size == 1)
+
+
+def _misfit(folder: Path, tensors: Tensors) -> str | None:
+    """What this rank asks for and the checkpoint does not have, or None."""
     saved = dcp.FileSystemReader(folder / "tensors").read_metadata().state_dict_metadata
     for key, part in tensors.items():
         placement = part[1]
         if key not in saved:
-            raise DataError(f"checkpoint {folder} has no tensor {key}: it was written by another model or optimizer")
+            return f"checkpoint {folder} has no tensor {key}: it was written by another model or optimizer"
         shape = tuple(getattr(saved[key], "size", ()))
         if shape != placement.global_shape:
-            raise DataError(
+            return (
                 f"checkpoint {folder}: {key} has shape {shape}, the model asks for {placement.global_shape}: use the "
                 "model configuration the checkpoint was written with"
             )
-    state = {key: global_part(part, mesh) for key, part in tensors.items()}
-    with _single_process_is_meant():
-        dcp.load(state, checkpoint_id=folder / "tensors", no_dist=mesh.world.size == 1)
+    return None
 
 
 def load_whole(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Fill whole tensors in place, in this process alone."""
     with _single_process_is_meant():
-        dcp.load(tensors, checkpoint_id=folder / "tensors", no_dist=True)
+        dcp.load(tensors, storage_reader=TensorReader(folder / "tensors"), no_dist=True)
 
 
 @contextmanager

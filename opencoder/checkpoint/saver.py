@@ -1,4 +1,5 @@
-"""Saving while training goes on: a copy in host memory (the only wait), then a thread writes it.
+"""Saving while training goes on: a thread copies the state in host memory, then writes it. Weights and optimizer state change
+in the update alone, so the next one is all that has to wait for the copy; forward and backward passes run beside it.
 
 The ranks' threads talk over a gloo group of their own: collectives of two threads over one group would interleave. One save
 is under way at a time; the next one, SIGTERM and the end of the run wait for it. A kill at any moment leaves a hidden
@@ -24,6 +25,7 @@ from opencoder.parallel.mesh import Mesh
 
 from . import native
 from .parts import Part, Tensors
+from .replicas import check_replicas
 
 ABANDON_S = 60
 """How long a run that ends with an error waits for a save under way, which may itself wait for a rank that is gone."""
@@ -45,7 +47,9 @@ class Saver:
         self.run_dir, self.config, self.mesh, self.say = run_dir, config, mesh, say
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._staged: dict[str, torch.Tensor] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._staged = threading.Event()
+        self._staged.set()
         if config.async_save:
             self.mesh = replace(mesh, world=_own_group(mesh.world, timeout_s))
 
@@ -53,16 +57,23 @@ class Saver:
         self, step: int, tensors: Tensors, *, config: Config, state: dict[str, Any], tokenizer: Path | None = None
     ) -> float:
         """Save `tensors` as the checkpoint of `step`; returns the seconds that training had to wait. Raises Failure, also
-        for the save before, if it was in the background."""
+        for the save before, if it was in the background. Then the tensors may not change before `wait_staged`."""
         start = time.perf_counter()
         self.wait()
         if not self.config.async_save:
             self._write(step, tensors, config, state, tokenizer)
             return time.perf_counter() - start
-        arguments = (step, self._stage(tensors), config, copy.deepcopy(state), tokenizer)
+        arguments = (step, tensors, config, copy.deepcopy(state), tokenizer)
+        self._staged.clear()
         # A daemon: a run that ends with an error must not wait for ranks that are gone.
         self._thread = threading.Thread(target=self._in_background, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
+        return time.perf_counter() - start
+
+    def wait_staged(self) -> float:
+        """Until the tensors of a save under way may change; returns the seconds that took."""
+        start = time.perf_counter()
+        self._staged.wait()
         return time.perf_counter() - start
 
     @property
@@ -90,9 +101,13 @@ class Saver:
         elif self._error is not None:
             self.say(f"the checkpoint under way failed too: {self._error}")
 
-    def _in_background(self, *arguments: Any) -> None:
+    def _in_background(self, step: int, tensors: Tensors, *arguments: Any) -> None:
         try:
-            self._write(*arguments)
+            try:
+                staged = self._stage(tensors)
+            finally:
+                self._staged.set()
+            self._write(step, staged, *arguments)
         except BaseException as error:  # handed over to the training thread by `wait`
             self._error = error
 
@@ -100,6 +115,8 @@ class Saver:
         self, step: int, tensors: Tensors, config: Config, state: dict[str, Any], tokenizer: Path | None
     ) -> None:
         start = time.perf_counter()
+        if self.config.check_replicas:
+            check_replicas(tensors, self.mesh)
         folder = native.save(
             self.run_dir,
             step,
@@ -117,10 +134,10 @@ class Saver:
         """Copies in host memory, in buffers that are kept from save to save (pinned for a GPU)."""
         staged: dict[str, Part] = {}
         for key, (local, *where) in tensors.items():
-            buffer = self._staged.get(key)
+            buffer = self._buffers.get(key)
             if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
                 buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-                self._staged[key] = buffer
+                self._buffers[key] = buffer
             buffer.copy_(local.detach(), non_blocking=local.is_cuda)
             staged[key] = (buffer, *where)
         if any(local.is_cuda for local, *_ in tensors.values()):

@@ -41,7 +41,7 @@ def assemble(counts: Sequence[dict[str, Any]], clusters: pa.Table, config: Corpu
         "bytes": {"in": sum(sizes.values()), **sizes, "clean": totals.get("clean_bytes", 0)},
         "funnel": _funnel(fates),
         "by_language": _by_language(fates),
-        "by_rule": _by_rule(counts, totals.get("judged", 0), reasons, volumes),
+        "by_rule": _by_rule(counts, reasons, volumes),
         "by_reason": dict(sorted(reasons.items())),
         "bytes_by_reason": dict(sorted(volumes.items())),
         "transform": {
@@ -117,24 +117,41 @@ def _by_language(fates: Fates) -> list[dict[str, Any]]:
     return sorted(({"language": k, **v} for k, v in table.items()), key=lambda r: (-r["files"], r["language"]))
 
 
-def _by_rule(
-    counts: Sequence[dict[str, Any]], judged: int, reasons: Counter[str], volumes: Counter[str]
-) -> list[dict[str, Any]]:
-    """For each rule: files it hits, those that no other rule hits, and files and bytes whose first hit it is."""
-    hits, alone = (_added(shard[name] for shard in counts) for name in ("hits", "alone"))
+def _by_rule(counts: Sequence[dict[str, Any]], reasons: Counter[str], volumes: Counter[str]) -> list[dict[str, Any]]:
+    """For each rule that hits: files and bytes it judges and hits, files that no other rule hits, and files and bytes whose
+    first hit it is. share: of the files it judges."""
+    names = ("hits", "hit_bytes", "alone", "tables", "table_bytes")
+    hits, hit_bytes, alone, tables, table_bytes = (_added(shard[name] for shard in counts) for name in names)
     quantities = {rule.published(group): rule.quantity for rule in rules.load_rules() for group in rule.groups}
-    return [
-        {
-            "rule": name,
-            "quantity": quantities[name],
-            "hits": n,
-            "alone": alone.get(name, 0),
-            "first": reasons[f"rules: {name}"],
-            "first_bytes": volumes[f"rules: {name}"],
-            "share": round(n / judged, 6),
-        }
-        for name, n in sorted(hits.items(), key=lambda item: (-item[1], item[0]))
-    ]
+    judging = _tables_of_rules()
+    rows = []
+    for name, n in sorted(hits.items(), key=lambda item: (-item[1], item[0])):
+        judged = sum(tables.get(table, 0) for table in judging[name])
+        rows.append(
+            {
+                "rule": name,
+                "quantity": quantities[name],
+                "tables": judging[name],
+                "judged": judged,
+                "judged_bytes": sum(table_bytes.get(table, 0) for table in judging[name]),
+                "hits": n,
+                "hit_bytes": hit_bytes[name],
+                "alone": alone.get(name, 0),
+                "first": reasons[f"rules: {name}"],
+                "first_bytes": volumes[f"rules: {name}"],
+                "share": round(n / judged, 6),
+            }
+        )
+    return rows
+
+
+def _tables_of_rules() -> dict[str, list[str]]:
+    """Published name of a rule → the tables in which it has a condition."""
+    found: dict[str, list[str]] = {}
+    for table in rules.TABLES:
+        for name in dict.fromkeys(condition.signal for condition in rules.conditions(table)):
+            found.setdefault(name, []).append(table)
+    return found
 
 
 def _clusters(clusters: pa.Table, counts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -155,8 +172,8 @@ def _clusters(clusters: pa.Table, counts: Sequence[dict[str, Any]]) -> dict[str,
 
 
 def _samples(counts: Sequence[dict[str, Any]], reasons: Counter[str], config: CorpusConfig) -> dict[str, Any]:
-    """Some files per reason and some that were kept, chosen by a hash of the seed and the file: the same for the same
-    corpus, however it is split."""
+    """Some files per reason, some that were kept, and some that the rules of each table kept, chosen by a hash of the seed
+    and the file: the same for the same corpus, however it is split."""
     drawn: dict[str, list[dict[str, Any]]] = {}
     for shard in counts:
         for reason, rows in shard["samples"].items():
@@ -172,6 +189,11 @@ def _samples(counts: Sequence[dict[str, Any]], reasons: Counter[str], config: Co
     return {
         "samples": [{"reason": reason, "files": n, "samples": chosen.get(reason, [])} for reason, n in shown],
         "kept_samples": chosen.get("kept", []),
+        "kept_by_table": [
+            {"table": table, "samples": chosen[f"kept: {table}"]}
+            for table in rules.TABLES
+            if f"kept: {table}" in chosen
+        ],
         "seed": config.seed,
     }
 

@@ -32,6 +32,11 @@ POLL_S = 0.05
 Arrays = dict[str, NDArray[Any]]
 
 
+def cache_folder(prefix: str) -> Path:
+    """Where the arrays of a dataset are kept if nothing else is asked for; it may be deleted at any time."""
+    return Path(f"{prefix}.cache")
+
+
 class IndexCache:
     """Arrays by description, in `folder`, or in one named by each user of the cache if that is None.
 

@@ -4,7 +4,6 @@ samples that overlap by one token, samples shuffled. The order depends on the se
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +11,9 @@ from numpy.typing import NDArray
 
 from opencoder.errors import DataError
 
-from .cache import IndexCache
+from .cache import IndexCache, cache_folder
 from .fim import Fim
+from .groups import GroupNames, Groups
 from .index import build_sample_index
 from .indexed import IndexedDataset
 
@@ -31,6 +31,17 @@ class Sample(NamedTuple):
     """(S,) the next token of each; −100 = masked."""
     cu_seqlens: NDArray[np.int32]
     """Bounds of the documents inside, from 0 to S, out of the index (never guessed from end-of-document tokens)."""
+    groups: NDArray[np.int16] | None = None
+    """(S, 2) source and language of the document that each label is from, as data/groups.py numbers them."""
+
+
+class Piece(NamedTuple):
+    """Tokens [begin, end) of the document at place `slot` of the document index."""
+
+    slot: int
+    document: int
+    begin: int
+    end: int
 
 
 def split_bounds(split: str, n: int) -> list[tuple[int, int]]:
@@ -44,11 +55,6 @@ def split_bounds(split: str, n: int) -> list[tuple[int, int]]:
     edges = np.concatenate([[0.0], np.cumsum(shares) / sum(shares)])
     at = [round(float(edge) * n) for edge in edges]
     return list(pairwise(at))
-
-
-def cache_folder(prefix: str) -> Path:
-    """Where the indices of a dataset are kept if nothing else is asked for; it may be deleted at any time."""
-    return Path(f"{prefix}.cache")
 
 
 class GPTDataset:
@@ -70,6 +76,9 @@ class GPTDataset:
         fim: Fim | None = None,
     ) -> None:
         self.data, self.seq_len, self.fim = data, seq_len, fim
+        self.groups: Groups | None = None
+        """Set by `build_lm_dataset`, for samples that carry them."""
+        self.group_names: GroupNames | None = None
         end = len(data) if end is None else end
         epoch_tokens = int(data.sizes[begin:end].sum(dtype=np.int64))
         if epoch_tokens < seq_len + 1:
@@ -100,21 +109,35 @@ class GPTDataset:
         return len(self.shuffle_index)
 
     def __getitem__(self, i: int) -> Sample:
+        pieces = self._pieces(i)
+        text = np.concatenate([self._read(piece) for piece in pieces], dtype=np.int64)
+        assert len(text) == self.seq_len + 1, (len(text), self.seq_len)
+        groups = None
+        lengths = [piece.end - piece.begin for piece in pieces]
+        if self.groups is not None:
+            groups = self.groups.of([piece.document for piece in pieces], lengths)[1:]
+        return Sample(text[:-1], text[1:], _bounds(lengths), groups)
+
+    def bounds(self, i: int) -> NDArray[np.int32]:
+        """`cu_seqlens` of sample i, without its tokens being read."""
+        return _bounds([piece.end - piece.begin for piece in self._pieces(i)])
+
+    def _pieces(self, i: int) -> list[Piece]:
+        """What sample i is made of, the label of its last token included."""
         k = self.shuffle_index.item(i)
         (first, start), (last, stop) = self.sample_index[k].tolist(), self.sample_index[k + 1].tolist()
-        documents = self.document_index[first : last + 1].tolist()
         pieces = []
-        for n, document in enumerate(documents):
-            begin = start if n == 0 else 0
-            end = stop + 1 if n == last - first else self.data.sizes.item(document)
-            piece = self.data.get(document, begin, end - begin)
-            if self.fim is not None:
-                whole = end == self.data.sizes.item(document)
-                piece = self.fim.apply(piece.astype(np.int64), slot=first + n, offset=begin, ends_document=whole)
-            pieces.append(piece)
-        text = np.concatenate(pieces, dtype=np.int64)
-        assert len(text) == self.seq_len + 1, (len(text), self.seq_len)
-        return Sample(text[:-1], text[1:], _bounds([len(piece) for piece in pieces]))
+        for slot, document in enumerate(self.document_index[first : last + 1].tolist(), first):
+            end = stop + 1 if slot == last else self.data.sizes.item(document)
+            pieces.append(Piece(slot, document, start if slot == first else 0, end))
+        return pieces
+
+    def _read(self, piece: Piece) -> NDArray[np.generic]:
+        text = self.data.get(piece.document, piece.begin, piece.end - piece.begin)
+        if self.fim is None:
+            return text
+        whole = piece.end == self.data.sizes.item(piece.document)
+        return self.fim.apply(text.astype(np.int64), slot=piece.slot, offset=piece.begin, ends_document=whole)
 
 
 def _bounds(lengths: list[int]) -> NDArray[np.int32]:

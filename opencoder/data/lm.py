@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from opencoder.errors import DataError
 
-from .cache import IndexCache
+from .cache import IndexCache, cache_folder
 from .fim import Fim
-from .gpt import GPTDataset, Sample, cache_folder, split_bounds
+from .gpt import GPTDataset, Sample, split_bounds
+from .groups import number_groups, read_languages
 from .index import build_blending_indices
 from .indexed import IndexedDataset
 
@@ -30,6 +31,7 @@ class BlendedDataset:
         self, members: Sequence[GPTDataset], weights: Sequence[float], size: int, cache: IndexCache | None = None
     ) -> None:
         self.members = members
+        self.seq_len, self.group_names = members[0].seq_len, members[0].group_names
         shares = [w / math.fsum(weights) for w in weights]
 
         def build() -> dict[str, NDArray[Any]]:
@@ -48,6 +50,10 @@ class BlendedDataset:
     def __getitem__(self, i: int) -> Sample:
         return self.members[self.member.item(i)][self.index.item(i)]
 
+    def bounds(self, i: int) -> NDArray[np.int32]:
+        """`cu_seqlens` of sample i, without its tokens being read."""
+        return self.members[self.member.item(i)].bounds(self.index.item(i))
+
 
 def build_lm_dataset(
     blend: Sequence[tuple[str, float]],
@@ -59,11 +65,12 @@ def build_lm_dataset(
     part: int = 0,
     cache: IndexCache | None = None,
     fim: Fim | None = None,
+    groups: bool = False,
 ) -> GPTDataset | BlendedDataset:
     """`num_samples` samples from the (prefix, weight) pairs; `part` 0, 1, 2 = training, validation, test of `split`.
 
-    Indices come from `cache`, or are built in memory without one. Raises DataError for a missing or damaged dataset, or an
-    empty part."""
+    Indices come from `cache`, or are built in memory without one. `groups`: samples say which dataset and language they are
+    from. Raises DataError for a missing or damaged dataset, or an empty part."""
     total = math.fsum(weight for _, weight in blend)
     members: dict[int, GPTDataset] = {}
     for m in cache.order(len(blend)) if cache else range(len(blend)):
@@ -76,6 +83,11 @@ def build_lm_dataset(
         members[m] = GPTDataset(
             data, seq_len=seq_len, num_samples=wanted, seed=seed, begin=begin, end=end, cache=cache, fim=fim
         )
+    if groups:
+        languages = {m: read_languages(member.data, cache) for m, member in members.items()}
+        names, found = number_groups([prefix for prefix, _ in blend], [languages[m] for m in range(len(blend))])
+        for m, member in members.items():
+            member.groups, member.group_names = found[m], names
     if len(blend) == 1:
         return members[0]
     return BlendedDataset([members[m] for m in range(len(blend))], [w for _, w in blend], num_samples, cache)

@@ -7,11 +7,15 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from opencoder.errors import ConfigError
 
 from .gpt import Sample
+
+MASKED = -100
+"""A label that is no target."""
 
 
 class MicroBatch(NamedTuple):
@@ -25,12 +29,35 @@ class MicroBatch(NamedTuple):
     """Document bounds over the B·S tokens seen as one row, int32; None without a document mask."""
     max_seqlen: int | None
     """Longest document, tokens."""
+    groups: torch.Tensor | None = None
+    """(B, S, 2) int16: source and language of the document that each label is from, as data/groups.py numbers them."""
 
 
 class _Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+class _Bounded(_Samples, Protocol):
+    seq_len: int
+
+    def bounds(self, i: int) -> NDArray[np.int32]: ...
+
+
+class _WithoutText:
+    """The samples of a rank that needs no tokens: all labels masked, and MASKED for tokens, which no model takes."""
+
+    def __init__(self, dataset: _Bounded, *, document_mask: bool) -> None:
+        self.dataset, self.document_mask = dataset, document_mask
+        self.nothing = np.broadcast_to(np.int64(MASKED), dataset.seq_len)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> Sample:
+        bounds = self.dataset.bounds(i) if self.document_mask else np.zeros(0, np.int32)
+        return Sample(self.nothing, self.nothing, bounds)
 
 
 class BatchLoader:
@@ -51,19 +78,23 @@ class BatchLoader:
         end_sample: int | None = None,
         document_mask: bool = False,
         workers: int = 0,
+        text: bool = True,
+        pin_memory: bool = False,
     ) -> None:
+        """`text` False: the tokens and labels are not read, and stand there masked. `pin_memory`: batches lie in memory that a
+        GPU can copy from on its own."""
         per_pass = micro_batch_size * dp_size
         if global_batch_size % per_pass:
             raise ConfigError(
                 f"global batch of {global_batch_size} is not a multiple of micro-batch·dp = "
                 f"{micro_batch_size}·{dp_size}: set it to a multiple of {per_pass}"
             )
-        self.dataset = dataset
+        self.dataset = dataset if text else _WithoutText(dataset, document_mask=document_mask)  # type: ignore[arg-type]
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.start_sample = start_sample
         self.end_sample = len(dataset) if end_sample is None else end_sample
-        self.document_mask, self.workers = document_mask, workers
+        self.document_mask, self.workers, self.pin_memory = document_mask, workers, pin_memory
 
     def _batches(self) -> Iterator[list[int]]:
         """Indices of each of this rank's micro-batches, in order; an incomplete last global batch is left out."""
@@ -80,6 +111,7 @@ class BatchLoader:
             num_workers=self.workers,
             collate_fn=_Collate(self.document_mask),
             prefetch_factor=2 if self.workers else None,
+            pin_memory=self.pin_memory,
         )
         per_step = self.global_batch_size // (self.micro_batch_size * self.dp_size)
         step: list[MicroBatch] = []
@@ -99,9 +131,11 @@ class _Collate:
     def __call__(self, samples: list[Sample]) -> MicroBatch:
         tokens = torch.from_numpy(np.stack([s.tokens for s in samples]))
         labels = torch.from_numpy(np.stack([s.labels for s in samples]))
+        given = [s.groups for s in samples if s.groups is not None]
+        groups = torch.from_numpy(np.stack(given)) if given else None
         if not self.document_mask:
-            return MicroBatch(tokens, labels, None, None)
+            return MicroBatch(tokens, labels, None, None, groups)
         length = tokens.shape[1]
         bounds = [np.zeros(1, np.int32), *(s.cu_seqlens[1:] + i * length for i, s in enumerate(samples))]
         cu_seqlens = np.concatenate(bounds).astype(np.int32)
-        return MicroBatch(tokens, labels, torch.from_numpy(cu_seqlens), int(np.diff(cu_seqlens).max()))
+        return MicroBatch(tokens, labels, torch.from_numpy(cu_seqlens), int(np.diff(cu_seqlens).max()), groups)

@@ -18,11 +18,11 @@ from opencoder import kernels as K
 from opencoder.config import ModelConfig, ParallelConfig, RecomputeConfig
 from opencoder.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, columns
 from opencoder.parallel.mesh import SINGLE, Group, Mesh, kv_replicas_of
-from opencoder.parallel.placement import place, replicated
+from opencoder.parallel.placement import at_both_ends, place, placement_of, replicated
 
 from .attend import Context, Documents, Rope, attend, context_of, positions_of
 from .heads import VocabHead
-from .recompute import modules_of, recomputed, run
+from .recompute import modules_of, recomputed, run, run_on_made
 
 __all__ = ["Decoder", "Documents", "Part", "key_of", "named_parameters", "parameter_count", "rotary_table"]
 
@@ -33,7 +33,7 @@ class Part(NamedTuple):
     layers: range
     """Numbers of its layers in the whole model."""
     first: bool
-    """Holds the embedding: takes ids, not a hidden state."""
+    """Starts with the embedding: takes ids, not a hidden state."""
     last: bool
     """Holds the last norm and the head."""
 
@@ -116,7 +116,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, mesh: Mesh, how: _How, *, recompute: frozenset[str] = frozenset()) -> None:
         """`recompute`: which of its modules run again in the backward pass, "full" for all of it."""
         super().__init__()
-        self.recompute = recompute
+        # A layer that runs again whole keeps nothing between: to make norms again there would keep their sums.
+        self.recompute = recompute - {"norm"} if "full" in recompute else recompute
         width, eps = config.hidden_size, config.norm_eps
         self.input_layernorm = RMSNorm(width, eps, tokens_split=how.tokens_split)
         self.self_attn = Attention(config, mesh, how)
@@ -126,10 +127,29 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, context: Context
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = self.input_layernorm(x, residual)
-        x = run(self.self_attn, x, context, again="attention" in self.recompute)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return run(self.mlp, x, again="mlp" in self.recompute), residual
+        x, residual = self._normed(self.input_layernorm, self.self_attn, "attention", x, residual, context)
+        return self._normed(self.post_attention_layernorm, self.mlp, "mlp", x, residual)
+
+    def _normed(
+        self,
+        norm: RMSNorm,
+        module: nn.Module,
+        name: str,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        *args: Context,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The module of the norm of x + residual, and that sum."""
+        again = name in self.recompute
+        if "norm" not in self.recompute:
+            y, total = norm(x, residual)
+            return run(module, y, *args, again=again), total
+        if residual is not None and x.element_size() < 4:
+            # What is made again is the norm of the sum as it is kept, so the first must be that too, not of the sum unrounded.
+            x, residual = x + residual, None
+        y, total = norm(x, residual)
+        kept = total.detach()
+        return run_on_made(module, y, *args, make=lambda: norm(kept)[0], again=again), total
 
 
 class Decoder(nn.Module):
@@ -137,7 +157,8 @@ class Decoder(nn.Module):
     `torch.device("meta")` to look at sizes without memory.
 
     Layers carry their number in the whole model, so parameters have the same keys in every cut. What a part does not hold
-    (`embed_tokens`, `norm`, `lm_head`) is no attribute of it."""
+    (`embed_tokens`, `norm`, `lm_head`) is no attribute of it. Where embedding and head are tied, the last part too holds
+    `embed_tokens`, for its matrix."""
 
     def __init__(
         self,
@@ -150,7 +171,7 @@ class Decoder(nn.Module):
         z_loss: float = 0.0,
     ) -> None:
         """`part` None: the whole model. Sizes come from `mesh`; `parallel` says how the layers work over it, None: as by
-        default. Raises ValueError for a part that the model cannot be cut into."""
+        default."""
         super().__init__()
         mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
         replicas = kv_replicas_of(config.kv_heads, mesh.tp.size)
@@ -167,12 +188,13 @@ class Decoder(nn.Module):
         """Ranks that share the tokens of a hidden state."""
         self.config, self.cp, self.context_attention = config, mesh.cp, parallel.context_attention
         self.part = part = part or Part(range(config.layers), first=True, last=True)
-        if config.tie_embeddings and part.first != part.last:
-            raise ValueError("a model with tied embeddings cannot be cut: its two ends share a matrix")
-        if part.first:
+        if part.first or (part.last and config.tie_embeddings):
             self.embed_tokens = VocabParallelEmbedding(
                 config.padded_vocab_size, config.hidden_size, tp=mesh.tp, tokens_split=tokens_split
             )
+        if config.tie_embeddings and part.first != part.last and parallel.schedule != "zbv":
+            # The ends are on two ranks. Under zbv they are on one, which ties them (train/pipeline_runner.py).
+            place(self.embed_tokens.weight, at_both_ends(placement_of(self.embed_tokens.weight)))
         again = {i: modules_of(recompute, i) for i in part.layers}
         self.again = {str(i): "full" in modules for i, modules in again.items()}
         self.layers = nn.ModuleDict({str(i): Block(config, mesh, how, recompute=again[i]) for i in part.layers})

@@ -21,12 +21,6 @@ from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import place, sharded
 
 
-def count_targets(targets_of_all_micro_batches: Iterable[torch.Tensor], mesh: Mesh) -> torch.Tensor:
-    """Unmasked targets over all data-parallel ranks, 0-dim; the same on all stages of a pipeline, head or not."""
-    counts = [(targets != IGNORE).sum() for targets in targets_of_all_micro_batches]
-    return mesh.group(("dp", "cp")).all_reduce(torch.stack(counts).sum())
-
-
 class VocabHead(nn.Module):
     """Next-token prediction over a vocabulary split over tp. It updates no parameters itself."""
 
@@ -57,23 +51,26 @@ class VocabHead(nn.Module):
     def begin_step(self, targets_of_all_micro_batches: Iterable[torch.Tensor]) -> torch.Tensor:
         """Unmasked targets of the step over all data-parallel ranks, 0-dim: the N that every loss of the step is divided by.
 
-        Called by all ranks once a step, before the first micro-batch."""
-        return count_targets(targets_of_all_micro_batches, self.mesh)
+        Called by all ranks that hold the head, once a step, before the first micro-batch."""
+        counts = [(targets != IGNORE).sum() for targets in targets_of_all_micro_batches]
+        return self.mesh.group(("dp", "cp")).all_reduce(torch.stack(counts).sum())
 
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """hidden (B, S, M), with split tokens (B, S/tp, M), targets (B, S) → sum of token losses over this rank's samples
-        (0-dim), statistics."""
+        (0-dim), statistics without gradients: `tokens`, unmasked ones; `token_losses` (B·S,), 0 where masked; `z_loss`,
+        what the z-loss adds over all tokens. The sum is without it, its gradient is not."""
         x = enter_split(hidden, self.mesh.tp, tokens_split=self.tokens_split).flatten(0, 1)
         flat = targets.reshape(-1)
         start, tp, z_loss = self.vocab_start, self.mesh.tp, self.z_loss
         if self.split_backward:  # the fused loss works both gradients out at once, and once only
             logits = F.linear(x, self.weight)
-            total = vocab_parallel_cross_entropy(logits, flat, vocab_start=start, group=tp, z_loss=z_loss).sum()
+            losses = vocab_parallel_cross_entropy(logits, flat, vocab_start=start, group=tp, z_loss=z_loss)
         else:
-            total = vocab_parallel_linear_cross_entropy(
+            losses = vocab_parallel_linear_cross_entropy(
                 x, self.weight, flat, vocab_start=start, group=tp, chunk_tokens=self.chunk_tokens, z_loss=z_loss
             )
-        return total, {"tokens": (flat != IGNORE).sum()}
+        statistics = {"tokens": (flat != IGNORE).sum(), "token_losses": losses.tokens.detach(), "z_loss": losses.z_loss}
+        return losses.total, statistics
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, S, M), with split tokens (B, S/tp, M) → (B, S, V/tp)."""

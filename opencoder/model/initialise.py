@@ -36,9 +36,8 @@ def build_model(
         model = Decoder(config, mesh, recompute=recompute, part=part, parallel=parallel, z_loss=z_loss)
     placements = {name: placement_of(p) for name, p in model.named_parameters()}
     model = model.to(dtype).to_empty(device=device)
-    if (
-        config.tie_embeddings and model.part.first
-    ):  # to_empty makes new parameters, one for each place a tied one stood in
+    if config.tie_embeddings and model.part.last:
+        # to_empty makes new parameters, one for each place a tied one stood in
         model.lm_head.weight = model.embed_tokens.weight
     for name, parameter in model.named_parameters():
         place(parameter, placements[name])

@@ -12,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from opencoder.config import RecomputeConfig
 
-MODULES = ("full", "attention", "mlp")
+MODULES = ("full", "attention", "mlp", "norm")
 """Parts of a layer that can be run again: the whole of it, or one of its modules."""
+OPERATORS = frozenset({"norm"})
+"""Those that are one operator, made again when its result is asked for: no module runs again in the backward pass."""
 
 
 def modules_of(recompute: str | RecomputeConfig, layer: int) -> frozenset[str]:
@@ -34,24 +36,54 @@ def run(module: nn.Module, *args: Any, again: bool) -> Any:
     return module(*args)
 
 
+def run_on_made(module: nn.Module, x: torch.Tensor, *args: Any, make: Callable[[], torch.Tensor], again: bool) -> Any:
+    """module(x, *args), where x = make(), bit by bit, which is not kept for the backward pass. `again` as in `run`."""
+    if not torch.is_grad_enabled():
+        return module(x, *args)
+    if not again:
+        with recomputed(x, make):
+            return module(x, *args)
+    given = [x]  # to the first pass; no later one, and no closure, holds it
+
+    def whole() -> Any:
+        if given:
+            return module(given.pop(), *args)
+        with torch.no_grad():  # what is saved in here must be what was saved in the first pass
+            made = make()
+        return module(made.requires_grad_(), *args)
+
+    del x
+    return checkpoint(whole, use_reentrant=False)
+
+
 @contextmanager
 def recomputed(result: torch.Tensor, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Iterator[None]:
     """Within the block, what autograd would save of `result` = function(*inputs) is not kept but worked out again in the
-    backward pass, bit by bit the same. Worth it where `inputs` are saved anyway and `function` is cheap."""
+    backward pass, bit by bit the same, once for all that saved it. Worth it where `inputs` are saved anyway and `function`
+    is cheap."""
     if not torch.is_grad_enabled():
         yield
         return
     start, size = result.data_ptr(), result.numel()
     kept = [x.detach() for x in inputs]
+    savers = 0
+    made: list[torch.Tensor] = []
+    """The result made again, and once more for each saver that is still to ask for it."""
 
     def pack(saved: torch.Tensor) -> torch.Tensor | torch.Size:
-        return saved.shape if saved.data_ptr() == start and saved.numel() == size else saved
+        nonlocal savers
+        if saved.data_ptr() != start or saved.numel() != size:
+            return saved
+        savers += 1
+        return saved.shape
 
     def unpack(packed: torch.Tensor | torch.Size) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
-        with torch.no_grad():
-            return function(*kept).view(packed)
+        if not made:
+            with torch.no_grad():
+                made.extend([function(*kept)] * savers)
+        return made.pop().view(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -6,7 +6,7 @@ is what runs are compared by."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -32,26 +32,40 @@ def _combined(
     return highest + sum_exp.log(), target_logit
 
 
+class Losses(NamedTuple):
+    """Cross entropies, equal on all ranks of the group."""
+
+    total: torch.Tensor
+    """Their sum, 0-dim. Its gradient has the z-loss in it, its value has not."""
+    tokens: torch.Tensor
+    """(T,) one by one, 0 where the target is −100. Only `vocab_parallel_cross_entropy` gives them a gradient."""
+    z_loss: torch.Tensor
+    """Sum of z_loss·lse² over unmasked tokens, 0-dim, without gradient."""
+
+
 def vocab_parallel_cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, *, vocab_start: int = 0, group: Group = SINGLE, z_loss: float = 0.0
-) -> torch.Tensor:
-    """Token losses (T,) from this rank's logits (T, V/tp); 0 where the target is −100. Differentiable in `logits`."""
-    return _CrossEntropy.apply(logits, targets, vocab_start, group, z_loss)
+) -> Losses:
+    """From this rank's logits (T, V/tp). Differentiable in `logits`, more than once."""
+    tokens, z = _CrossEntropy.apply(logits, targets, vocab_start, group, z_loss)
+    return Losses(tokens.sum(), tokens, z)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, vocab_start: int, group: Group, z_loss: float
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         lse, target_logit = _combined(*K.ce_stats(logits, targets, vocab_start), group=group)
         ctx.save_for_backward(logits, targets, lse)
         ctx.vocab_start, ctx.z_loss = vocab_start, z_loss
-        return (lse - target_logit).masked_fill(targets == IGNORE, 0)
+        z = _z_losses(lse, targets, z_loss).sum()
+        ctx.mark_non_differentiable(z)
+        return (lse - target_logit).masked_fill(targets == IGNORE, 0), z
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None, None, None]:
         logits, targets, lse = ctx.saved_tensors
         return K.ce_grad(logits, targets, lse, grad, ctx.vocab_start, z_loss=ctx.z_loss), None, None, None, None
 
@@ -65,8 +79,8 @@ def vocab_parallel_linear_cross_entropy(
     group: Group = SINGLE,
     chunk_tokens: int | None = None,
     z_loss: float = 0.0,
-) -> torch.Tensor:
-    """Sum of token losses, 0-dim, of logits = hidden (T, M) · weight (V/tp, M)ᵀ that never exist whole.
+) -> Losses:
+    """Those of logits = hidden (T, M) · weight (V/tp, M)ᵀ that never exist whole.
 
     `hidden` must be equal on all ranks of `group` and pass through `copy_to_group` before: its gradient here is this
     rank's partial sum."""
@@ -78,7 +92,7 @@ def vocab_parallel_linear_cross_entropy(
             lse_of_chunks.append(lse)
         return lse, target_logit
 
-    total: torch.Tensor = K.linear_cross_entropy(
+    total, tokens = K.linear_cross_entropy(
         hidden,
         weight,
         targets,
@@ -87,8 +101,14 @@ def vocab_parallel_linear_cross_entropy(
         combine=combine if group.size > 1 or z_loss else None,
         chunk_tokens=chunk_tokens,
         z_loss=z_loss,
+        return_token_losses=True,
     )
     if not lse_of_chunks:
-        return total
-    squares = torch.cat(lse_of_chunks) ** 2
-    return total - z_loss * squares.masked_fill(targets == IGNORE, 0).sum()
+        return Losses(total, tokens, total.new_zeros(()))
+    each = _z_losses(torch.cat(lse_of_chunks), targets, z_loss)
+    z = each.sum()
+    return Losses(total - z, tokens - each, z)
+
+
+def _z_losses(lse: torch.Tensor, targets: torch.Tensor, z_loss: float) -> torch.Tensor:
+    return (z_loss * lse**2).masked_fill(targets == IGNORE, 0)

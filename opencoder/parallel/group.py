@@ -6,126 +6,26 @@ process group is needed, so every layer runs in a plain unit test."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+from .meeting import store_of_torchrun
+from .records import CommunicationError, Handle, Record, Records, Result
 
 Op = Literal["sum", "max", "min"]
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # torch 2.13 has given two collectives new names and warns at the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-Result = TypeVar("Result")
-
-
-@dataclass(slots=True)
-class Record:
-    """One collective of this rank."""
-
-    sequence: int
-    """Number within its group, from 1: the ranks of a group are at the same number, or one of them is behind."""
-    group: str
-    """Name of the group: its axes."""
-    operation: str
-    shape: tuple[int, ...]
-    bytes: int
-    """What this rank handed over."""
-    step: int
-    """Optimizer step under way, as told to `Records.step`."""
-    started: float
-    """time.monotonic() at the call."""
-    finished: float | None = None
-    """time.monotonic() when its result was at hand; None while it is under way."""
-
-
-class Totals(NamedTuple):
-    """What communication came to since the last `Records.take`."""
-
-    collectives: int
-    bytes: int
-    """Handed over by this rank."""
-    blocked_s: float
-    """Host time spent waiting. On CUDA the host does not wait for a collective, so this says nothing there."""
-
-
-class Records:
-    """The last `capacity` collectives of this rank over all groups of its mesh, and totals.
-
-    One thread communicates; others may read `recent` and `unfinished` at any time."""
-
-    def __init__(self, capacity: int = 1024) -> None:
-        self.step = 0
-        """Set by the training loop; written into every record."""
-        self._ring: list[Record | None] = [None] * capacity
-        self._next = 0
-        self._collectives = self._bytes = 0
-        self._blocked_s = 0.0
-
-    def begin(self, group: str, sequence: int, operation: str, tensors: Sequence[torch.Tensor]) -> Record:
-        """A collective starts."""
-        size = sum(t.numel() * t.element_size() for t in tensors)
-        shape = tuple(tensors[0].shape) if tensors else ()
-        record = Record(sequence, group, operation, shape, size, self.step, time.monotonic())
-        self._ring[self._next % len(self._ring)] = record
-        self._next += 1
-        self._collectives += 1
-        self._bytes += size
-        return record
-
-    def end(self, record: Record, blocked_s: float) -> None:
-        """Its result is at hand, after waiting `blocked_s` for it."""
-        record.finished = time.monotonic()
-        self._blocked_s += blocked_s
-
-    def recent(self) -> list[Record]:
-        """What is remembered, oldest first."""
-        ring, at = list(self._ring), self._next % len(self._ring)
-        return [record for record in ring[at:] + ring[:at] if record is not None]
-
-    def unfinished(self) -> list[Record]:
-        """Collectives under way, oldest first."""
-        return [record for record in self.recent() if record.finished is None]
-
-    def take(self) -> Totals:
-        """Totals since the last call; they start again from 0."""
-        totals = Totals(self._collectives, self._bytes, self._blocked_s)
-        self._collectives = self._bytes = 0
-        self._blocked_s = 0.0
-        return totals
-
-
-class Handle(Generic[Result]):
-    """A collective under way. Its tensors may not be touched before `wait`."""
-
-    def __init__(
-        self,
-        works: Sequence[Any],
-        finish: Callable[[], Result],
-        record: Record | None = None,
-        records: Records | None = None,
-    ) -> None:
-        """`finish` makes the result once all `works` are done."""
-        self._works, self._finish, self._record, self._records = works, finish, record, records
-        self._result: list[Result] = []
-
-    def wait(self) -> Result:
-        """The result; on CUDA the current stream waits, not the host. May be called again."""
-        if not self._result:
-            start = time.monotonic()
-            for work in self._works:
-                work.wait()
-            self._result.append(self._finish())
-            if self._record is not None and self._records is not None:
-                self._records.end(self._record, time.monotonic() - start)
-        return self._result[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +51,22 @@ class Group:
             raise RuntimeError(
                 f"{operation} over {self.name or 'a group'} of {self.size}: nothing is sent in a dry run"
             )
-        return self.records.begin(self.name, next(self._sequence), operation, tensors)
+        return self.records.begin(self.name, next(self._sequence), operation, tensors, self.ranks)
+
+    def _start(
+        self,
+        operation: str,
+        tensors: Sequence[torch.Tensor],
+        launch: Callable[[], Any],
+        finish: Callable[[], Result],
+    ) -> Handle[Result]:
+        """Record the operation and `launch` it; that gives what is to be waited for, one or several."""
+        record = self._begin(operation, tensors)
+        try:
+            works = launch()
+        except dist.DistError as error:
+            raise CommunicationError(record, error) from error
+        return Handle(works if isinstance(works, list) else [works], finish, record, self.records)
 
     # ---- one tensor in, one out ----
 
@@ -159,9 +74,12 @@ class Group:
         """Reduce `x` over the group in place."""
         if self.size == 1:
             return Handle((), lambda: x)
-        record = self._begin("all_reduce", [x])
-        work = dist.all_reduce(x, op=_OPS[op], group=self.process_group, async_op=True)
-        return Handle((work,), lambda: x, record, self.records)
+        return self._start(
+            "all_reduce",
+            [x],
+            lambda: dist.all_reduce(x, op=_OPS[op], group=self.process_group, async_op=True),
+            lambda: x,
+        )
 
     def all_reduce(self, x: torch.Tensor, op: Op = "sum") -> torch.Tensor:
         """Reduce `x` over the group in place; nothing to do at size 1."""
@@ -173,9 +91,12 @@ class Group:
             return Handle((), lambda: x if out is None else out.copy_(x))
         x = x.contiguous()
         whole = x.new_empty(self.size * x.shape[0], *x.shape[1:]) if out is None else out
-        record = self._begin("all_gather", [x])
-        work = _all_gather(whole, x, group=self.process_group, async_op=True)
-        return Handle((work,), lambda: whole, record, self.records)
+        return self._start(
+            "all_gather",
+            [x],
+            lambda: _all_gather(whole, x, group=self.process_group, async_op=True),
+            lambda: whole,
+        )
 
     def all_gather(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """(n, …) of each rank → (size·n, …) in rank order."""
@@ -192,13 +113,20 @@ class Group:
             raise ValueError(f"reduce_scatter: {x.shape[0]} rows cannot be split over {self.size} ranks")
         x = x.contiguous()
         mine = x.new_empty(x.shape[0] // self.size, *x.shape[1:]) if out is None else out
-        record = self._begin("reduce_scatter", [x])
-        if dist.get_backend(self.process_group) != "gloo":
-            work = _reduce_scatter(mine, x, group=self.process_group, async_op=True)
-            return Handle((work,), lambda: mine, record, self.records)
+        if self.process_group is not None and dist.get_backend(self.process_group) != "gloo":
+            return self._start(
+                "reduce_scatter",
+                [x],
+                lambda: _reduce_scatter(mine, x, group=self.process_group, async_op=True),
+                lambda: mine,
+            )
         parts = torch.empty_like(x)
-        work = dist.all_to_all_single(parts, x, group=self.process_group, async_op=True)
-        return Handle((work,), lambda: _sum_in_order(parts.chunk(self.size), mine), record, self.records)
+        return self._start(
+            "reduce_scatter",
+            [x],
+            lambda: dist.all_to_all_single(parts, x, group=self.process_group, async_op=True),
+            lambda: _sum_in_order(parts.chunk(self.size), mine),
+        )
 
     def reduce_scatter(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """(size·n, …) → this rank's (n, …) of the sum over the group."""
@@ -212,9 +140,12 @@ class Group:
             raise ValueError(f"all_to_all: {x.shape[0]} rows cannot be split over {self.size} ranks")
         x = x.contiguous()
         found = torch.empty_like(x)
-        record = self._begin("all_to_all", [x])
-        work = dist.all_to_all_single(found, x, group=self.process_group, async_op=True)
-        return Handle((work,), lambda: found, record, self.records)
+        return self._start(
+            "all_to_all",
+            [x],
+            lambda: dist.all_to_all_single(found, x, group=self.process_group, async_op=True),
+            lambda: found,
+        )
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
         """(size·n, …) → the same shape: row block i goes to rank i, and block j of the result comes from rank j."""
@@ -222,11 +153,14 @@ class Group:
 
     def broadcast(self, x: torch.Tensor, source: int = 0) -> torch.Tensor:
         """`x` of the group's rank `source`, into `x` of all."""
-        if self.size > 1:
-            record = self._begin("broadcast", [x])
-            work = dist.broadcast(x, group=self.process_group, group_src=source, async_op=True)
-            return Handle((work,), lambda: x, record, self.records).wait()
-        return x
+        if self.size == 1:
+            return x
+        return self._start(
+            "broadcast",
+            [x],
+            lambda: dist.broadcast(x, group=self.process_group, group_src=source, async_op=True),
+            lambda: x,
+        ).wait()
 
     # ---- from rank to rank ----
 
@@ -243,8 +177,17 @@ class Group:
         ]
         if not operations:
             return Handle((), lambda: received)
-        record = self._begin("exchange", [tensor for tensor, _ in sends])
-        return Handle(dist.batch_isend_irecv(operations), lambda: received, record, self.records)
+        sent = [tensor for tensor, _ in sends]
+        return self._start("exchange", sent, lambda: dist.batch_isend_irecv(operations), lambda: received)
+
+    def record_transfer(self, tensor: torch.Tensor, *, source: int, target: int) -> Record:
+        """Record that somebody else's code (torch's pipeline schedules) starts to send `tensor` from rank `source` of this
+        group to `target`, or to receive it there; this rank is one of the two. Numbered for each pair and direction."""
+        ranks = (self.ranks[source], self.ranks[target])
+        group = f"{self.name} {ranks[0]}→{ranks[1]}"
+        sequence = self.records.latest.get(f"{group}@{ranks[0]}", 0) + 1
+        operation = "send" if source == self.rank else "receive"
+        return self.records.begin(group, sequence, operation, [tensor], ranks)
 
     # ---- anything else ----
 
@@ -252,18 +195,16 @@ class Group:
         """The picklable `value` of every rank, in rank order, on all of them. Slow: not for every micro-batch."""
         if self.size == 1:
             return [value]
-        record, start = self._begin("gather_objects", []), time.monotonic()
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.process_group)
-        self.records.end(record, time.monotonic() - start)
+        with self.records.waits_for(self._begin("gather_objects", [])):
+            dist.all_gather_object(found, value, group=self.process_group)
         return found
 
     def barrier(self) -> None:
         """Wait for every rank of the group."""
         if self.size > 1:
-            record, start = self._begin("barrier", []), time.monotonic()
-            dist.barrier(group=self.process_group)
-            self.records.end(record, time.monotonic() - start)
+            with self.records.waits_for(self._begin("barrier", [])):
+                dist.barrier(group=self.process_group)
 
 
 SINGLE = Group()
@@ -284,7 +225,14 @@ def _sum_in_order(parts: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Ten
 
 def start_processes(device_type: str, *, timeout_s: float) -> None:
     """Set up the default process group from torchrun's variables: nccl on CUDA, gloo on the CPU."""
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # torch's flight recorder, which reads this when it starts
+    backend, timeout = "nccl" if device_type == "cuda" else "gloo", timedelta(seconds=timeout_s)
+    store = store_of_torchrun(timeout_s=timeout_s)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def stop_processes() -> None:
@@ -327,3 +275,39 @@ def torch_mesh(device_type: str, groups: Sequence[Group], ranks: torch.Tensor, n
         mesh=ranks,
         mesh_dim_names=tuple(names),
     )
+
+
+# ---- beside the collectives ----
+
+
+class Board:
+    """Short texts under keys that all ranks of the job read and write, without anyone waiting for anyone. For one thread."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+
+    def set(self, key: str, text: str) -> None:
+        """Write. Raises RuntimeError, as all methods do, if nobody serves the board any more."""
+        self._store.set(key, text)
+
+    def get(self, keys: Iterable[str]) -> dict[str, str]:
+        """What there is under `keys`."""
+        return {key: self._store.get(key).decode() for key in keys if self._store.check([key])}
+
+    def first(self, key: str) -> bool:
+        """Whether this is the first call of the whole job for `key`."""
+        return self._store.add(key, 1) == 1
+
+
+def job_board() -> Board:
+    """The board of the job, over the store by which its processes found each other. Needs a default process group."""
+    shared: Any = dist.distributed_c10d._get_default_store()
+    store = shared.clone()  # a connection of its own: the main thread may wait in the store for long
+    store.set_timeout(timedelta(seconds=10))
+    return Board(dist.PrefixStore("board", store))
+
+
+def flight_record() -> Any:
+    """What torch's flight recorder remembers: the collectives of all process groups, without transfers from rank to rank
+    (torch 2.13)."""
+    return json.loads(torch._C._distributed_c10d._dump_fr_trace_json())  # type: ignore[attr-defined]

@@ -17,20 +17,6 @@ def stage_ranks(schedule: Schedule, pp: int, virtual_stages: int = 1) -> list[in
     return ranks[:pp] + ranks[:pp][::-1] if schedule == "zbv" else ranks
 
 
-def chunks_in_flight(schedule: Schedule, pp: int, virtual_stages: int, num_micro_batches: int) -> list[int]:
-    """For each rank, how many pairs of stage and micro-batch at most have run forward and are still to run backward.
-
-    From the orders of torch.distributed.pipelining: what a rank runs before its first backward, and one more."""
-    n, v = num_micro_batches, virtual_stages
-    if schedule == "zbv":
-        return [min(n, 2 * pp - 1 - rank) + min(n, rank + 1) for rank in range(pp)]
-    before_last = (v - 1) * (n // max(1, n // pp))  # forward through all but the last stage of the rank
-    # zb puts weight gradients off by one micro-batch on each later rank, so that all hold as many as the first
-    later = {"1f1b": 1, "interleaved": 2, "zb": 0}[schedule]
-    first = {"1f1b": pp, "interleaved": 2 * pp - 1, "zb": pp}[schedule]
-    return [min(n * v, before_last + first - later * rank) for rank in range(pp)]
-
-
 def cut(layout: Sequence[int]) -> list[range]:
     """Layers per stage → numbers of the layers of each stage."""
     return [range(begin, end) for begin, end in pairwise(accumulate(layout, initial=0))]

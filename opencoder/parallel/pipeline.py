@@ -11,8 +11,9 @@ It knows no model: a stage is a module that takes one tensor and gives one."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -23,17 +24,35 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.pipelining.schedules import FORWARD, _Action, _add_send_recv, _PipelineScheduleRuntime
+from torch.distributed.pipelining.schedules import (
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    FULL_BACKWARD,
+    _Action,
+    _add_send_recv,
+    _PipelineScheduleRuntime,
+)
 from torch.distributed.pipelining.stage import _RecvInfo
 
 from .group import Group
-from .layout import Schedule
+from .layout import Schedule, stage_ranks
+from .transfers import BACKWARD, Transfers, communication_error
+from .transfers import FORWARD as FORWARD_PASS
 
 _SCHEDULES: dict[Schedule, Callable[..., Any]] = {
     "1f1b": Schedule1F1B,
     "interleaved": ScheduleInterleaved1F1B,
     "zb": ScheduleInterleavedZeroBubble,
     "zbv": ScheduleZBVZeroBubble,
+}
+# On any exception it prints the whole schedule, which says nothing to who looks for the cause.
+logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
+_KINDS: dict[Any, Literal["F", "B", "I", "W"]] = {
+    FORWARD: "F",
+    FULL_BACKWARD: "B",
+    BACKWARD_INPUT: "I",
+    BACKWARD_WEIGHT: "W",
 }
 Call = Callable[[int], None]
 """Is told the number of a stage."""
@@ -46,6 +65,15 @@ class Shapes(NamedTuple):
     """Input of the first stage."""
     between: torch.Tensor
     """Output of each stage but the last, which gives a 0-dim loss of the same type."""
+
+
+class Work(NamedTuple):
+    """What a rank does at one time."""
+
+    stage: int
+    kind: Literal["F", "B", "I", "W"]
+    """Forward; backward; backward of inputs; backward of weights."""
+    micro_batch: int
 
 
 class Stage(PipelineStage):
@@ -63,6 +91,7 @@ class Stage(PipelineStage):
         accumulated: Call,
         complete: Call,
         split_backward: bool,
+        transfers: Transfers,
     ) -> None:
         between = shapes.between.requires_grad_()
         last = index == num_stages - 1
@@ -78,7 +107,7 @@ class Stage(PipelineStage):
             # of them come at the first call, and nothing is left to do at the second.
             dw_builder=None if split_backward else lambda: _nothing,
         )
-        self._accumulated, self._complete = accumulated, complete
+        self._accumulated, self._complete, self._transfers = accumulated, complete, transfers
 
     # ---- buffers: torch makes one for every micro-batch of a step and keeps them all; here they live while in use ----
 
@@ -94,12 +123,26 @@ class Stage(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
         self._make_room(self.args_recv_info[fwd_chunk_id])
-        return super().get_fwd_recv_ops(fwd_chunk_id)
+        operations = super().get_fwd_recv_ops(fwd_chunk_id)
+        self._transfers.receive((self.stage_index, FORWARD_PASS, fwd_chunk_id), operations)
+        return operations
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[Any]:
         if self.has_backward and not self.is_last:
             self._make_room(self.grad_recv_info[bwd_chunk_id])
-        return super().get_bwd_recv_ops(bwd_chunk_id)
+        operations = super().get_bwd_recv_ops(bwd_chunk_id)
+        self._transfers.receive((self.stage_index, BACKWARD, bwd_chunk_id), operations)
+        return operations
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[Any]:
+        operations = super().get_fwd_send_ops(fwd_chunk_id)
+        self._transfers.send(operations)
+        return operations
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[Any]:
+        operations = super().get_bwd_send_ops(bwd_chunk_id)
+        self._transfers.send(operations)
+        return operations
 
     def _make_room(self, infos: Sequence[_RecvInfo]) -> None:
         for info in infos:
@@ -110,27 +153,31 @@ class Stage(PipelineStage):
     # ---- what happens to gradients ----
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        result = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        with self._transfers.compute((self.stage_index, FORWARD_PASS, fwd_chunk_id)):
+            result = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         _drop(self.args_recv_info[fwd_chunk_id])  # the graph holds it as long as it is needed
         return result
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
-        if self.has_backward and not self.is_last:
-            _drop(self.grad_recv_info[bwd_chunk_id])
-        if self.has_backward and (full_backward or self.dw_builder is not None):
-            self._accumulated(self.stage_index)
+        with self._transfers.compute((self.stage_index, BACKWARD, bwd_chunk_id)):
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+            if self.has_backward and not self.is_last:
+                _drop(self.grad_recv_info[bwd_chunk_id])
+            if self.has_backward and (full_backward or self.dw_builder is not None):
+                self._accumulated(self.stage_index)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-        if self.has_backward and self.dw_builder is None:
-            self._accumulated(self.stage_index)
+        with self._transfers.compute():
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+            if self.has_backward and self.dw_builder is None:
+                self._accumulated(self.stage_index)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        super().perform_reduce_grad(grad_scale_factor)
-        self._complete(self.stage_index)
+        with self._transfers.compute():
+            super().perform_reduce_grad(grad_scale_factor)
+            self._complete(self.stage_index)
 
 
 def _drop(infos: Sequence[_RecvInfo]) -> None:
@@ -171,6 +218,7 @@ class Pipeline:
         schedule cannot serve."""
         self.size = num_micro_batches
         self.train = schedule is not None
+        self.transfers = Transfers(pp)
         self.stages = [
             Stage(
                 module,
@@ -182,6 +230,7 @@ class Pipeline:
                 accumulated=accumulated,
                 complete=complete,
                 split_backward=split_backward,
+                transfers=self.transfers,
             )
             for index, module in modules.items()
         ]
@@ -196,17 +245,26 @@ class Pipeline:
         )
 
     def run(self, inputs: Sequence[torch.Tensor], keywords: Sequence[dict[str, Any]]) -> None:
-        """Take all micro-batches through: `inputs` to the first stage, `keywords` to each."""
+        """Take all micro-batches through: `inputs` to the first stage, `keywords` to each. Raises CommunicationError if
+        another rank is gone or does not come in time."""
         for stage in self.stages:
             stage.clear_runtime_states()
             stage.has_backward = self.train
         first, last = self.stages[0].is_first, self.stages[-1].is_last
-        self.schedule._step_microbatches(
-            [(x,) if first else () for x in inputs],
-            list(keywords),
-            [None] * self.size if last and self.train else None,
-            return_outputs=False,
-        )
+        self.transfers.begin()
+        try:
+            self.schedule._step_microbatches(
+                [(x,) if first else () for x in inputs],
+                list(keywords),
+                [None] * self.size if last and self.train else None,
+                return_outputs=False,
+            )
+        except RuntimeError as error:  # torch wraps what a stage raises into another
+            if (found := communication_error(error, self.transfers)) is not None:
+                self.transfers.pp.records.wait(None)
+                raise found from error
+            raise
+        self.transfers.end()
 
 
 def _forward_only(stages: list[Stage], ranks: Sequence[int], num_micro_batches: int) -> Any:
@@ -228,3 +286,30 @@ def _forward_only(stages: list[Stage], ranks: Sequence[int], num_micro_batches: 
     for stage in stages:
         stage.stage_index_to_group_rank = dict(enumerate(ranks))
     return runtime
+
+
+def order_of_work(schedule: Schedule, pp: int, virtual_stages: int, num_micro_batches: int) -> list[list[Work]]:
+    """For each rank of a pipeline what it does, in its order: torch's own, without starting anything."""
+    n = num_micro_batches
+    if schedule == "1f1b":
+        found = []
+        for stage in range(pp):
+            ahead = min(n, pp - stage)
+            work = [Work(stage, "F", i) for i in range(ahead)]
+            for i in range(n):
+                work.append(Work(stage, "B", i))
+                work += [Work(stage, "F", i + ahead)] if i + ahead < n else []
+            found.append(work)
+        return found
+    bare: Any = object.__new__(_SCHEDULES[schedule])  # type: ignore[arg-type]
+    bare.pp_group_size, bare.n_local_stages, bare._n_microbatches = pp, virtual_stages, n
+    bare.num_stages = len(stage_ranks(schedule, pp, virtual_stages))
+    bare.microbatches_per_round = n // max(1, n // pp)
+    return [
+        [
+            Work(action.stage_index, _KINDS[action.computation_type], action.microbatch_index)
+            for action in bare._calculate_single_rank_operations(rank)
+            if action is not None
+        ]
+        for rank in range(pp)
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -111,6 +111,15 @@ def replicated(global_shape: tuple[int, ...], *, tokens_split: bool = False) -> 
     """The same on every rank of a pipeline stage. `tokens_split`: each rank of tp has seen a part of the tokens (sequence
     parallelism), so that its gradient is a part of the sum there too."""
     return Placement(global_shape, grad_sum_axes=("dp", "cp", "tp") if tokens_split else ("dp", "cp"))
+
+
+def at_both_ends(placement: Placement) -> Placement:
+    """The same of a parameter that the first and the last rank of a pipeline hold both, each with a part of its gradient."""
+    return replace(
+        placement,
+        replicated_over=(*placement.replicated_over, "embed"),
+        grad_sum_axes=(*placement.grad_sum_axes, "embed"),
+    )
 
 
 def place(parameter: torch.nn.Parameter, placement: Placement) -> torch.nn.Parameter:

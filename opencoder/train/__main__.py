@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 
 from opencoder.config import data_parallel_size, load_config, validate
 from opencoder.console import Parser, run
-from opencoder.errors import ConfigError
+from opencoder.errors import ConfigError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = load_config(args.config, args.overrides)
 
-    from .environment import environment, world_size
+    from .environment import environment, restarts_left, world_size
 
     if args.world_size is not None and not args.dry_run:
         raise ConfigError("--world-size belongs to --dry-run: start real processes with torchrun --nproc-per-node")
@@ -36,11 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     from .loop import Trainer
+    from .memory_check import check_memory
 
-    with environment(config) as (mesh, device):
-        if mesh.world.rank == 0:
-            print(f"dp = {data_parallel_size(config, size)}", flush=True)
-        Trainer(config, mesh, device).run()
+    try:
+        with environment(config) as (mesh, device):
+            if mesh.world.rank == 0:
+                print(f"dp = {data_parallel_size(config, size)}", flush=True)
+            check_memory(config, mesh, device)
+            Trainer(config, mesh, device).run()
+    except UserError as error:
+        if (left := restarts_left()) and not error.told_elsewhere:
+            print(
+                f"hint: torchrun starts this {left} more times, in vain: stop it and mend what follows",
+                file=sys.stderr,
+            )
+        raise
     return 0
 
 

@@ -16,10 +16,12 @@ from opencoder.data import tokenizer as tok
 from opencoder.data.cache import IndexCache
 from opencoder.data.fim import Fim, FimIds
 from opencoder.data.gpt import GPTDataset
+from opencoder.data.groups import GroupNames
 from opencoder.data.indexed import IndexedDataset
 from opencoder.data.lm import BlendedDataset, build_lm_dataset
 from opencoder.data.loader import BatchLoader, MicroBatch
 from opencoder.errors import ConfigError
+from opencoder.parallel.layout import stage_ranks
 from opencoder.parallel.mesh import Mesh
 
 from .stages import Settings, Stage, asked_settings, from_records, plan
@@ -71,8 +73,11 @@ def _fim(config: Config) -> Fim | None:
 class TrainingData:
     """The datasets of all stages that are not over at `step`; their indices are made or found here."""
 
-    def __init__(self, config: Config, stages: Sequence[Stage], mesh: Mesh, *, step: int) -> None:
-        self.config, self.mesh = config, mesh
+    def __init__(
+        self, config: Config, stages: Sequence[Stage], mesh: Mesh, *, step: int, pin_memory: bool = False
+    ) -> None:
+        """`pin_memory`: batches lie in memory that a GPU can copy from on its own."""
+        self.config, self.mesh, self.pin_memory = config, mesh, pin_memory
         self.stages = [stage for stage in stages if stage.end > step]
         cache = _index_cache(config.data.cache_dir)
         self.datasets = [_dataset(stage.settings, stage.num_samples, stage.seed, TRAIN, cache) for stage in self.stages]
@@ -91,31 +96,72 @@ class TrainingData:
                 end_sample=stage.steps * stage.settings.global_batch_size,
                 document_mask=stage.settings.document_mask,
                 workers=self.config.data.workers,
+                text=_needs_text(self.config, self.mesh),
+                pin_memory=self.pin_memory,
             )
             for micro_batches in loader:
                 yield stage, micro_batches
 
-    def achieved(self, stage: Stage) -> list[float]:
-        """Share of the stage's samples, all of equal length, that come from each dataset of its blend."""
-        dataset = self.datasets[self.stages.index(stage)]
-        if isinstance(dataset, GPTDataset):
-            return [1.0]
-        used = dataset.member[: stage.steps * stage.settings.global_batch_size]
-        counts = np.bincount(used, minlength=len(stage.settings.blend))
-        return [float(n) / len(used) for n in counts]
+    def group_names(self, stage: Stage) -> GroupNames:
+        """The groups that the losses of the stage can be told by."""
+        names = self.datasets[self.stages.index(stage)].group_names
+        assert names is not None
+        return names
+
+    def account(self, stage: Stage, step: int) -> dict[str, Any]:
+        """What the stage reads up to `step`: of each dataset of its blend the tokens, and their share as asked and achieved."""
+        dataset, settings = self.datasets[self.stages.index(stage)], stage.settings
+        steps = min(step, stage.end) - stage.first_step
+        samples = steps * settings.global_batch_size
+        counts = [samples]
+        if not isinstance(dataset, GPTDataset):
+            counts = np.bincount(dataset.member[:samples], minlength=len(settings.blend)).tolist()
+        total = sum(source.weight for source in settings.blend)
+        sources = [
+            {
+                "prefix": source.prefix,
+                "tokens": n * settings.seq_len,
+                "asked": source.weight / total,
+                "achieved": n / samples,
+            }
+            for source, n in zip(settings.blend, counts, strict=True)
+        ]
+        return {"first_step": stage.first_step, "steps": steps, "sources": sources}
+
+    def accounts(self, step: int, earlier: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of all stages begun before `step`; of the ones that are not open here as they stand in `earlier`."""
+        begun = [stage for stage in self.stages if stage.first_step < step]
+        first = min((stage.first_step for stage in self.stages), default=step)
+        return [each for each in earlier if each["first_step"] < first] + [self.account(stage, step) for stage in begun]
 
     def describe(self, stage: Stage) -> str:
-        """One line: steps, shape, and the blend as asked and as achieved."""
+        """One line before the stage: steps, shape, and the blend as asked and as it will be."""
         settings = stage.settings
-        total = sum(source.weight for source in settings.blend)
-        blend = ", ".join(
-            f"{source.prefix} {share:.3%} of {source.weight / total:.3%}"
-            for source, share in zip(settings.blend, self.achieved(stage), strict=True)
-        )
         return (
             f"data: steps {stage.first_step + 1} to {stage.end}, {settings.global_batch_size} × {settings.seq_len} "
-            f"tokens, achieved of asked: {blend}"
+            f"tokens, achieved of asked: {_blend_text(self.account(stage, stage.end))}"
         )
+
+    def describe_end(self, stage: Stage) -> str:
+        """One line after it: what was read."""
+        account = self.account(stage, stage.end)
+        tokens = sum(source["tokens"] for source in account["sources"])
+        return (
+            f"data: steps {stage.first_step + 1} to {stage.end} read {tokens:,} tokens, achieved of asked: "
+            f"{_blend_text(account)}"
+        )
+
+
+def _blend_text(account: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{source['prefix']} {source['achieved']:.3%} of {source['asked']:.3%}" for source in account["sources"]
+    )
+
+
+def _needs_text(config: Config, mesh: Mesh) -> bool:
+    """Whether this rank has the embedding or the head; one between them needs the bounds of documents alone."""
+    ranks = stage_ranks(config.parallel.schedule, mesh.pp.size, config.parallel.virtual_stages)
+    return mesh.pp.rank in (ranks[0], ranks[-1])
 
 
 def _micro_batch_size(config: Config, step: int) -> int:
@@ -144,6 +190,7 @@ def _dataset(
         part=part,
         cache=cache,
         fim=replace(settings.fim, seed=seed) if settings.fim is not None and part == TRAIN else None,
+        groups=part == TRAIN,
     )
 
 
@@ -154,7 +201,7 @@ def _index_cache(folder: str | None) -> IndexCache:
     return IndexCache(folder, rank=rank, ranks=ranks)
 
 
-def validation_loader(config: Config, mesh: Mesh) -> BatchLoader | None:
+def validation_loader(config: Config, mesh: Mesh, *, pin_memory: bool = False) -> BatchLoader | None:
     """The evaluation samples, a few micro-batches at a time: one on each rank, or as many as fill a pipeline, if that
     comes out even. None if the configuration asks for no evaluation."""
     if config.train.eval_every is None:
@@ -181,4 +228,6 @@ def validation_loader(config: Config, mesh: Mesh) -> BatchLoader | None:
         dp_rank=mesh.dp.rank,
         dp_size=mesh.dp.size,
         document_mask=data.document_mask,
+        text=_needs_text(config, mesh),
+        pin_memory=pin_memory,
     )

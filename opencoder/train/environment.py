@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,14 +16,22 @@ from opencoder.errors import ConfigError
 from opencoder.parallel.group import start_processes, stop_processes
 from opencoder.parallel.mesh import Mesh, create_mesh, kv_replicas_of
 
+from .watchdog import watched
+
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
-TIMEOUT_S = 600
-"""A collective that takes longer than this is taken for a rank that hangs."""
+START_UP_S = 600
+"""Processes may come this far apart."""
 
 
 def world_size() -> int:
     """Processes of the job, as torchrun says; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def restarts_left() -> int:
+    """How often torchrun's agent would start this process again if it failed; 0 without torchrun."""
+    env = os.environ
+    return int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def pick_device(config: TrainConfig) -> torch.device:
@@ -43,19 +52,28 @@ def pick_device(config: TrainConfig) -> torch.device:
 
 @contextmanager
 def environment(config: Config) -> Iterator[tuple[Mesh, torch.device]]:
-    """Process group, mesh, device, threads and seeds of this process; the process group is closed at the end."""
+    """Process group, mesh, device, threads and seeds of this process; the process group is closed at the end. Meanwhile a
+    watchdog looks for ranks that hang or are gone."""
     device = pick_device(config.train)
     _set_threads(config.train, device)
-    _set_determinism(config.train)
+    set_determinism(config.train)
+    # torch's own time-out says little of who is late, and ends no rank but those that wait: the watchdog comes before it.
+    timeout_s = max(START_UP_S, 2 * config.train.timeout_s)
     if world_size() > 1:
-        start_processes(device.type, timeout_s=TIMEOUT_S)
+        start_processes(device.type, timeout_s=timeout_s)
     try:
-        p, timeout_s = config.parallel, TIMEOUT_S
+        p = config.parallel
         replicas = kv_replicas_of(config.model.kv_heads, p.tp)
-        yield (
-            create_mesh(tp=p.tp, pp=p.pp, cp=p.cp, kv_replicas=replicas, device_type=device.type, timeout_s=timeout_s),
-            device,
+        mesh = create_mesh(
+            tp=p.tp, pp=p.pp, cp=p.cp, kv_replicas=replicas, device_type=device.type, timeout_s=timeout_s
         )
+        with watched(
+            mesh,
+            timeout_s=config.train.timeout_s,
+            run_dir=Path(config.run_dir),
+            on_cuda=device.type == "cuda",
+        ):
+            yield mesh, device
     finally:
         stop_processes()
 
@@ -69,7 +87,8 @@ def _set_threads(config: TrainConfig, device: torch.device) -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _set_determinism(config: TrainConfig) -> None:
+def set_determinism(config: TrainConfig) -> None:
+    """Seeds, and what `train.deterministic` asks for. Comes before CUDA starts, which reads the cuBLAS setting once."""
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)  # noqa: NPY002  libraries that use the global state must not differ between runs
     torch.manual_seed(config.seed)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from opencoder.config import LogConfig, ModelConfig
+from opencoder.data.groups import GroupNames
 from opencoder.errors import ConfigError
 from opencoder.files import atomic_open
 
@@ -58,14 +59,46 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def losses_by_group(by_group: torch.Tensor, names: GroupNames) -> dict[str, dict[str, float]]:
+    """`loss_by_source` and `loss_by_language`: name → mean token loss, for those that the batch had targets of. by_group
+    (2, groups): sums of losses, numbers of targets. A key of which nothing is known is left out."""
+    sums, counts = by_group.tolist()
+    n = len(names.sources)
+    found: dict[str, dict[str, float]] = {}
+    for key, first, members in (("loss_by_source", 0, names.sources), ("loss_by_language", n, names.languages)):
+        means = {name: sums[i] / counts[i] for i, name in enumerate(members, first) if counts[i]}
+        if means:
+            found[key] = means
+    return found
+
+
+class RowFile:
+    """A file of JSON rows, each with its `step`, that a run appends to."""
+
+    def __init__(self, path: Path, *, first_step: int) -> None:
+        """Rows of steps that a resumed run does again are removed first."""
+        rows = [row for row in read_rows(path) if row["step"] < first_step]
+        with atomic_open(path) as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append `row` and flush it: after a kill at most the step under way is missing."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Make everything durable."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
 class MetricsLog:
     """Writes one row per step. Opened on rank 0 only."""
 
     def __init__(self, run_dir: Path, config: LogConfig, *, first_step: int, settings: dict[str, Any]) -> None:
         """Rows of steps that a resumed run does again are removed first."""
-        self.path = run_dir / "metrics.jsonl"
-        _drop_rows_from(self.path, first_step)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+        self.file = RowFile(run_dir / "metrics.jsonl", first_step=first_step)
         self.every = config.every
         self.writer = None
         if config.tensorboard:
@@ -75,13 +108,12 @@ class MetricsLog:
         self.wandb = _start_wandb(run_dir, settings) if config.wandb else None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append `row` (it has `step`) and flush it: after a kill at most the step under way is missing. Numbers that are not
-        finite become null: JSON has none."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        """Append `row` (it has `step`). Numbers that are not finite become null: JSON has none. A value may be a dict of numbers,
+        which are shown as key/name."""
+        row = {k: _finite(v) for k, v in row.items()}
+        self.file.write(row)
         if row["step"] % self.every == 0 or "valid_loss" in row:
-            numbers = {k: v for k, v in row.items() if k != "step" and v is not None}
+            numbers = {k: v for k, v in _flat(row).items() if k != "step" and v is not None}
             for key, value in numbers.items():
                 if self.writer is not None:
                     self.writer.add_scalar(key, value, row["step"])
@@ -90,12 +122,24 @@ class MetricsLog:
 
     def close(self) -> None:
         """Make everything durable."""
-        os.fsync(self.file.fileno())
         self.file.close()
         if self.writer is not None:
             self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(v) for name, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in row.items():
+        found |= {f"{key}/{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+    return found
 
 
 def _start_wandb(run_dir: Path, settings: dict[str, Any]) -> Any:
@@ -112,9 +156,3 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
-
-
-def _drop_rows_from(path: Path, first_step: int) -> None:
-    rows = [row for row in read_rows(path) if row["step"] < first_step]
-    with atomic_open(path) as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,13 +12,14 @@ from torch import nn
 from opencoder.config import ModelConfig, ParallelConfig
 from opencoder.data.loader import MicroBatch
 from opencoder.model.decoder import Decoder, Documents, Part, named_parameters
-from opencoder.model.heads import count_targets
 from opencoder.optim.base import Optimizer
 from opencoder.parallel.layout import balanced_layout, cut, stage_ranks
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.pipeline import Pipeline, Shapes
+from opencoder.parallel.placement import placement_of
 
-from .step import inputs_of
+from .step import groups_of, inputs_of
+from .totals import Totals
 
 
 def parts_of(model: ModelConfig, parallel: ParallelConfig, *, seq_len: int) -> list[Part]:
@@ -51,8 +53,12 @@ class Chunks(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
+        seen: set[nn.Parameter] = set()  # a tied matrix may stand in two stages
         for part in self.stages.values():
-            yield from part.named_parameters(prefix, recurse, remove_duplicate)
+            for name, parameter in part.named_parameters(prefix, recurse, remove_duplicate):
+                if parameter not in seen or not remove_duplicate:
+                    seen.add(parameter)
+                    yield name, parameter
 
 
 def models_of(model: nn.Module) -> list[nn.Module]:
@@ -66,7 +72,12 @@ def build_chunks(
     """The stages of this rank; `build` makes one part of the model."""
     ranks = stage_ranks(parallel.schedule, mesh.pp.size, parallel.virtual_stages)
     parts = parts_of(model, parallel, seq_len=seq_len)
-    return Chunks({stage: build(part) for stage, part in enumerate(parts) if ranks[stage] == mesh.pp.rank})
+    stages = {stage: build(part) for stage, part in enumerate(parts) if ranks[stage] == mesh.pp.rank}
+    first, last = stages.get(0), stages.get(len(parts) - 1)
+    if model.tie_embeddings and first is not None and last is not None:  # both ends here: one matrix
+        last.embed_tokens = first.embed_tokens
+        last.lm_head.weight = first.embed_tokens.weight
+    return Chunks(stages)
 
 
 class PipelineRunner:
@@ -86,36 +97,48 @@ class PipelineRunner:
         self.model, self.optimizer, self.mesh, self.device = model, optimizer, mesh, device
         self.schedule, self.recompute = parallel.schedule, recompute
         self.ranks = stage_ranks(parallel.schedule, mesh.pp.size, parallel.virtual_stages)
+        self.last = model.stages[max(model.stages)]
+        """The one of this rank that may have the head."""
         self.modules = {number: _Stage(part) for number, part in model.stages.items()}
         self.keys = {number: list(named_parameters(part)) for number, part in model.stages.items()}
+        held = Counter(key for keys in self.keys.values() for key in keys)
+        tied = {key for key, p in named_parameters(model).items() if "embed" in placement_of(p).grad_sum_axes}
+        tied |= {key for key, n in held.items() if n > 1}
+        # A tied matrix is complete only when both ends are done, and reduced when the schedule is over.
+        self.complete_keys = {stage: [key for key in keys if key not in tied] for stage, keys in self.keys.items()}
         self.dtype = next(model.parameters()).dtype
         self._pipelines: dict[bool, tuple[tuple[int, torch.Size], Pipeline]] = {}
         """Of training and of evaluation: number and shape of the micro-batches it was made for, and the pipeline."""
 
     def begin_step(self, targets_of_all_micro_batches: Iterable[torch.Tensor]) -> torch.Tensor:
-        """The head's own where there is one; elsewhere the same number."""
-        last = max(self.model.stages)
-        if self.model.stages[last].part.last:
-            return self.model.stages[last].lm_head.begin_step(targets_of_all_micro_batches)
-        return count_targets(targets_of_all_micro_batches, self.mesh)
+        """The head's own, told to all: the ranks before it need not know the targets."""
+        if self.last.part.last:
+            count = self.last.lm_head.begin_step(targets_of_all_micro_batches)
+        else:
+            count = torch.zeros((), dtype=torch.int64, device=self.device)
+        return self.mesh.pp.broadcast(count, source=self.ranks[-1])
 
-    def run(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor) -> torch.Tensor:
+    def run(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor, *, groups: int = 0) -> Totals:
         """Forward and backward of all. Gradients are folded after each, and their reduction starts when a stage is done."""
-        return self._through(micro_batches, count, train=True)
+        return self._through(micro_batches, count, Totals(self.device, groups), train=True)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Totals:
         """Forward alone."""
-        return self._through(micro_batches, torch.ones((), device=self.device), train=False)
+        return self._through(micro_batches, torch.ones((), device=self.device), Totals(self.device), train=False)
 
-    def _through(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor, *, train: bool) -> torch.Tensor:
+    def _through(
+        self, micro_batches: Sequence[MicroBatch], count: torch.Tensor, totals: Totals, *, train: bool
+    ) -> Totals:
         inputs = [inputs_of(mb, self.device) for mb in micro_batches]
-        keywords = [{"targets": labels, "documents": documents, "count": count} for _, labels, documents in inputs]
-        for module in self.modules.values():
-            module.total = torch.zeros((), dtype=torch.float64, device=self.device)
+        shared = {"count": count, "totals": totals}
+        keywords = [{"targets": labels, "documents": documents, **shared} for _, labels, documents in inputs]
+        if totals.groups and self.last.part.last:
+            for keyword, mb in zip(keywords, micro_batches, strict=True):
+                keyword["groups"] = groups_of(mb, self.device)
         self._pipeline([tokens for tokens, _, _ in inputs], train=train).run([x for x, _, _ in inputs], keywords)
-        last = self.modules[max(self.modules)]
-        return self.mesh.pp.broadcast(last.total, source=self.ranks[-1])
+        self.mesh.pp.broadcast(totals.values, source=self.ranks[-1])
+        return totals
 
     def _pipeline(self, tokens: Sequence[torch.Tensor], *, train: bool) -> Pipeline:
         """The last one made, if number and shape of the micro-batches are those of the last step."""
@@ -140,7 +163,7 @@ class PipelineRunner:
                 pp=self.mesh.pp,
                 device=self.device,
                 accumulated=lambda stage: self.optimizer.fold_gradients(self.keys[stage]),
-                complete=lambda stage: self.optimizer.start_reduction(self.keys[stage]),
+                complete=lambda stage: self.optimizer.start_reduction(self.complete_keys[stage]),
                 split_backward=not self.recompute,
             )
             self._pipelines[train] = found = kind, made
@@ -153,15 +176,21 @@ class _Stage(nn.Module):
     def __init__(self, part: Decoder) -> None:
         super().__init__()
         self.part = part
-        self.total = torch.zeros((), dtype=torch.float64)
-        """Sum of token losses over the micro-batches so far, on the last stage."""
 
     def forward(
-        self, x: torch.Tensor, *, targets: torch.Tensor, documents: Documents | None, count: torch.Tensor
+        self,
+        x: torch.Tensor,
+        *,
+        targets: torch.Tensor,
+        documents: Documents | None,
+        count: torch.Tensor,
+        totals: Totals,
+        groups: torch.Tensor | None = None,
     ) -> Any:
-        """ids or hidden state → hidden state (B, S, M), or at the end the sum of token losses / `count`."""
+        """ids or hidden state → hidden state (B, S, M), or at the end the sum of token losses / `count`, which is added to
+        `totals`."""
         if not self.part.part.last:
             return self.part.hidden(x, documents)
-        loss_sum, _ = self.part.loss(x, targets, documents)
-        self.total += loss_sum.detach()
+        loss_sum, statistics = self.part.loss(x, targets, documents)
+        totals.add(loss_sum, statistics, targets, groups)
         return loss_sum / count

@@ -58,12 +58,13 @@ class Skipping:
         """Where the batch of `step` is written down."""
         return Path(self.config.run_dir) / "skipped" / f"step_{step:08}.json"
 
-    def stop_if_too_many(self) -> None:
-        """Failure once `stop_after` updates in a row were left out."""
+    def must_rewind(self) -> bool:
+        """Whether `stop_after` updates in a row were left out and the run is to go back; Failure if it is to stop then."""
         row = self.state.skipped_in_a_row()
-        if row >= self.settings.stop_after:
+        if row >= self.settings.stop_after and self.settings.on_stop == "stop":
             raise Failure(
                 f"step {self.state.step}: {row} updates in a row were left out, train.skip.stop_after="
                 f"{self.settings.stop_after}: lower optim.lr, or look at the batches in "
                 f"{self.file(self.state.step).parent}; the newest checkpoint is from step {self.state.saved_step or 0}"
             )
+        return row >= self.settings.stop_after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from opencoder.checkpoint import folders, hf, native
 from opencoder.checkpoint.parts import Tensors
 from opencoder.checkpoint.together import together
 from opencoder.config import Config
-from opencoder.errors import ConfigError
+from opencoder.errors import ConfigError, DataError
 from opencoder.model.decoder import named_parameters
 from opencoder.optim.base import Optimizer
 from opencoder.parallel.mesh import Mesh
@@ -39,9 +40,17 @@ class RunState:
     forked_from: str | None = None
     """The checkpoint of another run that this one began with (`checkpoint.fork`), as configured."""
     skipped: list[int] = field(default_factory=list)
-    """Steps, from 1, whose update was left out."""
+    """Steps, from 1, whose update was left out when it was worked out."""
+    left_out: list[int] = field(default_factory=list)
+    """Steps, done or to come, whose batches rewinds took out: nothing is worked out, and there is no update."""
+    asked_out: list[int] = field(default_factory=list)
+    """The same for `train.skip.steps`. Not saved: the configuration says it again."""
+    rewinds: int = 0
+    """How often the run has gone back (train/rewind.py)."""
     guard: dict[str, Any] | None = None
     """What the guard remembers, as of the newest checkpoint."""
+    blends: list[dict[str, Any]] = field(default_factory=list)
+    """What each begun stage has read of its datasets (train/data.py: account), as of the newest checkpoint."""
 
     def skipped_in_a_row(self) -> int:
         """Steps up to the newest whose update was left out."""
@@ -50,13 +59,20 @@ class RunState:
             n += 1
         return n
 
+    def leaves_out(self, step: int) -> bool:
+        """Whether nothing is to be worked out for `step`."""
+        return step in self.left_out or step in self.asked_out
+
     def for_checkpoint(self) -> dict[str, Any]:
         """What stands in the checkpoint's state.json beside the step."""
         return {
             "tokens": self.tokens,
             "consumed_samples": consumed_samples(self.stages, self.step),
             "stages": [stage.record() for stage in self.stages],
+            "blends": self.blends,
             "skipped_batches": list(self.skipped),
+            "left_out_batches": list(self.left_out),
+            "rewinds": self.rewinds,
             "guard": self.guard,
             "forked_from": self.forked_from,
         }
@@ -102,13 +118,15 @@ def restore(
             _load_weights(c.load, model, mesh)
             optimizer.weights_changed()
             say(f"initial weights from {c.load}")
-        return RunState(stages=plan_stages(config))
+        return RunState(stages=plan_stages(config), asked_out=_asked_out(config))
     own = found.parent.parent == run_dir
     saved = native.read_state(found)
     step = saved["step"]
     stages = plan_stages(config, saved["stages"], step=step, before=native.read_config(found), fork=not own)
     native.load_tensors(found, tensors_of(model, optimizer), mesh, checked=True)
     optimizer.set_step_count(step)
+    rewinds = mesh.world.gather_objects(rewinds_of(run_dir) if own and mesh.world.rank == 0 else [])[0]
+    left_out = {*saved.get("left_out_batches", []), *(n for entry in rewinds for n in entry["left_out"])}
     say(f"{'resumed' if own else 'forked'} from {found} at step {step}")
     return RunState(
         step,
@@ -117,8 +135,35 @@ def restore(
         saved_step=step if own else None,
         forked_from=forked_from,
         skipped=saved.get("skipped_batches", []),
+        left_out=sorted(left_out),
+        asked_out=_asked_out(config),
+        rewinds=max(saved.get("rewinds", 0), len(rewinds)),
         guard=saved.get("guard"),
+        blends=saved.get("blends", []),
     )
+
+
+def _asked_out(config: Config) -> list[int]:
+    return config.train.skip.steps if config.train.skip is not None else []
+
+
+def rewinds_file(run_dir: Path) -> Path:
+    """Where a run writes down that it went back. Newer than any checkpoint right after it did."""
+    return run_dir / "skipped" / "rewinds.json"
+
+
+def rewinds_of(run_dir: Path) -> list[dict[str, Any]]:
+    """Each time that the run went back, oldest first: at_step, to_step, left_out. Raises DataError."""
+    file = rewinds_file(run_dir)
+    if not file.is_file():
+        return []
+    try:
+        found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(
+            f"{file} cannot be read ({error}): mend it, or remove it to take those batches in again"
+        ) from error
+    return found
 
 
 def _source(fork: str, mesh: Mesh) -> Path:

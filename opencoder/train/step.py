@@ -17,6 +17,8 @@ from opencoder.optim.base import Optimizer
 from opencoder.parallel.context import split_sequence
 from opencoder.parallel.mesh import Mesh
 
+from .totals import Totals
+
 Guard = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
 """(global loss, gradient norm) → a boolean tensor, equal on all ranks, that is true where the update must be left out; None:
 never. It may raise to stop the run before the update."""
@@ -35,14 +37,24 @@ class StepResult(NamedTuple):
     """Unmasked ones of the global batch, at least 1."""
     skip: torch.Tensor | None
     """What the guard said."""
+    z_loss: torch.Tensor | None = None
+    """What the z-loss adds to the loss, fp64."""
+    by_group: torch.Tensor | None = None
+    """(2, groups), fp64: for each group of the data sum of token losses and number of unmasked targets in the global batch;
+    None unless asked for."""
 
 
 def inputs_of(mb: MicroBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:
     """Tokens, labels and document bounds of a micro-batch on the device."""
     documents = None
     if mb.cu_seqlens is not None and mb.max_seqlen is not None:
-        documents = Documents(mb.cu_seqlens.to(device), mb.max_seqlen)
-    return mb.tokens.to(device), mb.labels.to(device), documents
+        documents = Documents(mb.cu_seqlens.to(device, non_blocking=True), mb.max_seqlen)
+    return mb.tokens.to(device, non_blocking=True), mb.labels.to(device, non_blocking=True), documents
+
+
+def groups_of(mb: MicroBatch, device: torch.device) -> torch.Tensor | None:
+    """Its groups on the device."""
+    return None if mb.groups is None else mb.groups.to(device, non_blocking=True)
 
 
 class Runner(Protocol):
@@ -51,12 +63,12 @@ class Runner(Protocol):
     def begin_step(self, targets_of_all_micro_batches: Iterable[torch.Tensor]) -> torch.Tensor:
         """Unmasked targets of the step over all ranks, 0-dim, as the head counts them."""
 
-    def run(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor) -> torch.Tensor:
+    def run(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor, *, groups: int = 0) -> Totals:
         """Forward and backward of all: the gradients of (sum of token losses / `count`) are folded into the optimizer's.
-        Returns that sum over this rank's tokens, 0-dim fp64, the same on every rank of a pipeline."""
+        Returns sums over this rank's tokens, by group for as many `groups`, the same on every rank of a pipeline."""
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
-        """The same sum without gradients."""
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Totals:
+        """The same sums without gradients."""
 
 
 class SequentialRunner:
@@ -69,28 +81,30 @@ class SequentialRunner:
         """The head's count."""
         return self.model.lm_head.begin_step(targets_of_all_micro_batches)
 
-    def run(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor) -> torch.Tensor:
+    def run(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor, *, groups: int = 0) -> Totals:
         """Forward, backward and fold for each."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        totals = Totals(self.device, groups)
         for i, mb in enumerate(micro_batches):
-            loss_sum = self._loss(mb)
+            loss_sum = self._loss(mb, totals)
             if i == len(micro_batches) - 1:
                 self.optimizer.last_backward()
             (loss_sum / count).backward()
             self.optimizer.fold_gradients()
-            total += loss_sum.detach()
-        return total
+        return totals
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Totals:
         """Forward alone."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        totals = Totals(self.device)
         for mb in micro_batches:
-            total += self._loss(mb)
-        return total
+            self._loss(mb, totals)
+        return totals
 
-    def _loss(self, mb: MicroBatch) -> torch.Tensor:
-        return self.model.loss(*inputs_of(mb, self.device))[0]
+    def _loss(self, mb: MicroBatch, totals: Totals) -> torch.Tensor:
+        tokens, labels, documents = inputs_of(mb, self.device)
+        loss_sum, statistics = self.model.loss(tokens, labels, documents)
+        totals.add(loss_sum, statistics, labels, groups_of(mb, self.device) if totals.groups else None)
+        return loss_sum
 
 
 class TrainStep:
@@ -113,17 +127,19 @@ class TrainStep:
             runner = SequentialRunner(model, optimizer, device)
         self.runner: Runner = runner
 
-    def update(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> StepResult:
-        """One optimizer update on this rank's share of a global batch: whole samples, which are cut over cp here."""
+    def update(self, micro_batches: Sequence[MicroBatch], *, lr: float, groups: int = 0) -> StepResult:
+        """One optimizer update on this rank's share of a global batch: whole samples, which are cut over cp here. `groups`: how
+        many groups of the data the losses are to be summed by."""
         self.model.train()
         micro_batches = self._cut(micro_batches)
         count = self._count(micro_batches)
-        total = self.runner.run(micro_batches, count)
+        totals = self._summed(self.runner.run(micro_batches, count, groups=groups))
         grad_norm = self.optimizer.finish_reduction()
-        loss = self._summed(total) / count
+        loss = totals.loss / count
         skip = self.guard(loss, grad_norm) if self.guard is not None else None
         clip = self.optimizer.step(lr=lr, skip=skip)
-        return StepResult(loss, grad_norm, clip, count, skip)
+        by_group = totals.by_group if groups else None
+        return StepResult(loss, grad_norm, clip, count, skip, totals.z_loss / count, by_group)
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> torch.Tensor:
         """Mean token loss over all ranks' micro-batches, 0-dim fp64, the same on every rank. One batch is held at a time."""
@@ -133,14 +149,18 @@ class TrainStep:
         for batch in batches:
             micro_batches = self._cut(batch)
             count += self.runner.begin_step(mb.labels.to(self.device) for mb in micro_batches)
-            total += self.runner.evaluate(micro_batches)
-        return self._summed(total) / count.clamp(min=1)
+            total += self._summed(self.runner.evaluate(micro_batches)).loss
+        return total / count.clamp(min=1)
 
     def _cut(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """This rank's tokens and labels of each sample. The document bounds stay those of whole samples."""
         cp = self.mesh.cp
         return [
-            mb._replace(tokens=split_sequence(mb.tokens, cp), labels=split_sequence(mb.labels, cp))
+            mb._replace(
+                tokens=split_sequence(mb.tokens, cp),
+                labels=split_sequence(mb.labels, cp),
+                groups=None if mb.groups is None else split_sequence(mb.groups, cp),
+            )
             for mb in micro_batches
         ]
 
@@ -148,5 +168,6 @@ class TrainStep:
         """Unmasked targets over all ranks, at least 1."""
         return self.runner.begin_step(mb.labels.to(self.device) for mb in micro_batches).clamp(min=1)
 
-    def _summed(self, total: torch.Tensor) -> torch.Tensor:
-        return self.mesh.group(("dp", "cp")).all_reduce(total)
+    def _summed(self, totals: Totals) -> Totals:
+        self.mesh.group(("dp", "cp")).all_reduce(totals.values)
+        return totals

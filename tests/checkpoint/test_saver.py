@@ -47,6 +47,7 @@ def train_on_while_saving(rank: int, world: int, folder: str) -> tuple[bool, boo
     state = {**STATE, "stages": []}
     waited = saver.save(1, tensors, config=config, state=state)
     state["stages"].append("of a later step")
+    waited += saver.wait_staged()
     sums = []
     for i in range(50):  # training's own collectives, while the save has some under way too
         if i == 10:

@@ -79,9 +79,8 @@ def build_everything(folder: Path) -> Path:
 
 def counts(fates: list[list[Any]], **more: Any) -> dict[str, Any]:
     """The counts of one shard, as opencoder.corpus.stages.output writes them, with these fates."""
-    empty: dict[str, Any] = {
-        name: {} for name in ("hits", "alone", "pii", "licences", "licence_sources", "totals", "samples")
-    }
+    counters = ("tables", "table_bytes", "hits", "hit_bytes", "alone", "pii", "licences", "licence_sources")
+    empty: dict[str, Any] = {name: {} for name in (*counters, "totals", "samples")}
     lists: dict[str, Any] = {name: [] for name in (*report.LISTS, "near")}
     return {"fates": fates, **empty, **lists, "left_out": dict.fromkeys(report.LISTS, 0), **more}
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opencoder.corpus import report, report_page
+from opencoder.corpus import report, report_page, rules
 from opencoder.corpus.report_text import marked_pair, visible
 
 from . import report_cases as cases
@@ -69,6 +69,48 @@ def test_rules_have_the_files_and_bytes_of_which_they_are_the_reason(corpus: Pat
         name: sum(row["size_bytes"] for row in dropped if row["reason"] == name)
         for name in {row["reason"] for row in dropped}
     }
+
+
+def test_rules_have_the_files_and_bytes_that_they_judge_and_hit(corpus: Path) -> None:
+    """Judged: what reached the rules. All files of the corpus but two are Python, HTML and JavaScript of one type."""
+    result = result_of(corpus)
+    before = {"read", "language", "exact_dedup", "fuzzy_dedup", "transform"}
+    dropped = [row for row in rows(corpus, "dropped") if row["stage"] not in before]
+    kept = rows(corpus, "clean")
+    sizes = {row["path"]: row["size_bytes"] for row in dropped}
+    for row in result["by_rule"]:
+        hit = [one for one in dropped if row["rule"] in {h["rule"] for h in json.loads(one["hits"] or "[]")}]
+        judged = [one for one in (*dropped, *kept) if table_of(one["language"]) in row["tables"]]
+        assert (row["hits"], row["hit_bytes"]) == (len(hit), sum(sizes[one["path"]] for one in hit))
+        assert row["judged"] == len(judged) > 0
+        assert row["share"] == round(len(hit) / len(judged), 6)
+    one = next(row for row in result["by_rule"] if row["rule"] == "qsc_code_num_words")
+    assert one["judged"] == len(dropped) + len(kept)
+    assert one["judged_bytes"] == result["bytes"]["in"] - sum(
+        row["size_bytes"]
+        for row in (*rows(corpus, "dropped"), *rows(corpus, "failed"))
+        if row["stage"] in before or row["stage"] is None
+    )
+
+
+def table_of(language: str) -> str:
+    return language if language in rules.OWN_TABLE else "others"
+
+
+def test_kept_files_are_shown_by_table(corpus: Path) -> None:
+    kept: dict[str, set[str]] = {}
+    for row in rows(corpus, "clean"):
+        kept.setdefault(table_of(row["language"]), set()).add(row["path"])
+    shown = {
+        group["table"]: [file["path"] for file in group["samples"]] for group in result_of(corpus)["kept_by_table"]
+    }
+    assert shown.keys() == kept.keys()
+    for table, paths in shown.items():
+        assert len(paths) == len(set(paths)) == min(3, len(kept[table]))
+        assert set(paths) <= kept[table]
+    page = (corpus / "report.html").read_text()
+    assert all(f'id="kept-{table}"' in page for table in kept)
+    assert set(re.findall(r'href="#(kept-\w+)"', page)) == {f"kept-{table}" for table in kept}
 
 
 def test_every_reason_has_samples_of_its_files(corpus: Path) -> None:

@@ -148,9 +148,10 @@ def test_samples_are_slices_of_the_shuffled_documents(tmp_path: Path) -> None:
     for i, k in enumerate(data.shuffle_index):
         assert found[i] == flat[4 * int(k) : 4 * int(k) + 5]
     for i in range(len(data)):
-        tokens, _, bounds = data[i]
+        tokens, bounds = data[i].tokens, data[i].cu_seqlens
         assert bounds[0] == 0
         assert bounds[-1] == 4
+        assert data.bounds(i).tolist() == bounds.tolist()
         starts = [j for j in range(1, 4) if tokens[j] // 100 != tokens[j - 1] // 100 or tokens[j] != tokens[j - 1] + 1]
         assert bounds[1:-1].tolist() == starts
 

@@ -83,3 +83,14 @@ def test_batches_that_do_not_divide_are_refused(prefixes: list[str]) -> None:
 def test_an_empty_part_of_the_split_is_told(prefixes: list[str]) -> None:
     with pytest.raises(DataError, match="leaves no validation documents"):
         build_lm_dataset([(prefixes[0], 1.0)], num_samples=8, seq_len=8, seed=1, part=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU copies from pinned memory")
+def test_batches_for_a_gpu_lie_in_pinned_memory(prefixes: list[str]) -> None:
+    data = build_lm_dataset([(prefixes[0], 1.0)], num_samples=8, seq_len=8, seed=1, groups=True)
+    options = {"global_batch_size": 4, "micro_batch_size": 2, "document_mask": True, "pin_memory": True}
+    for mb in next(iter(BatchLoader(data, **options))):
+        for tensor in (mb.tokens, mb.labels, mb.cu_seqlens, mb.groups):
+            assert tensor is not None
+            assert tensor.is_pinned()

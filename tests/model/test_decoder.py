@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from opencoder.config import PRESETS, RecomputeConfig
 from opencoder.model.decoder import Decoder, Documents, Part, named_parameters, parameter_count
 from opencoder.model.initialise import build_model
-from opencoder.model.recompute import MODULES, modules_of
+from opencoder.model.recompute import modules_of
 from opencoder.parallel.mesh import Mesh, pretend_mesh
 from opencoder.parallel.placement import placement_of
 
@@ -77,35 +77,6 @@ def test_documents_do_not_see_one_another() -> None:
     assert torch.equal(model(changed, documents).flatten(0, 1)[5:], packed[5:])
 
 
-def test_recompute_changes_nothing() -> None:
-    tokens, labels = batch(250, 2, 16)
-    grads = []
-    for recompute in ("none", *MODULES):
-        model = build_model(model_config(), Mesh(), dtype=torch.float64, device=CPU, seed=1, recompute=recompute)
-        model.loss(tokens, labels)[0].backward()
-        grads.append({k: p.grad for k, p in named_parameters(model).items()})
-    for found in grads[1:]:
-        assert all(torch.equal(found[key], truth) for key, truth in grads[0].items())
-
-
-@pytest.mark.parametrize("recompute", MODULES)
-def test_what_is_recomputed_is_not_kept(recompute: str) -> None:
-    kept = {}
-    for setting in ("none", recompute):
-        model = build_model(model_config(layers=4), Mesh(), dtype=torch.float64, device=CPU, seed=1, recompute=setting)
-        sizes: dict[int, int] = {}
-
-        def pack(x: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            x = model.hidden(batch(250, 2, 32)[0])
-        kept[setting] = sum(sizes.values())
-        x.sum().backward()
-    assert kept[recompute] < kept["none"]
-
-
 @pytest.mark.parametrize(
     ("setting", "layers"),
     [
@@ -142,9 +113,20 @@ def test_parts_in_a_row_are_the_whole_model(documents: Documents | None) -> None
         assert (found[key].grad - p.grad).norm() <= 1e-12 * p.grad.norm(), key
 
 
-def test_a_tied_model_is_not_cut() -> None:
-    with pytest.raises(ValueError, match="tied embeddings cannot be cut"):
-        Decoder(model_config(tie_embeddings=True), part=Part(range(1), True, False))
+def test_both_ends_of_a_tied_model_begin_with_the_same_matrix() -> None:
+    config = model_config(tie_embeddings=True)
+    ends = [Part(range(1), True, False), Part(range(1, 2), False, True)]
+    first, last = (build_model(config, Mesh(), dtype=torch.float64, device=CPU, seed=1, part=part) for part in ends)
+    key = "model.embed_tokens.weight"
+    assert torch.equal(named_parameters(first)[key], named_parameters(last)[key])
+    assert "lm_head.weight" not in named_parameters(last)
+    assert last.lm_head.weight is last.embed_tokens.weight
+    for model, axes in (
+        (first, ("dp", "cp", "embed")),
+        (last, ("dp", "cp", "embed")),
+        (small(tie_embeddings=True), ("dp", "cp")),
+    ):
+        assert placement_of(named_parameters(model)[key]).grad_sum_axes == axes
 
 
 def test_a_mesh_that_does_not_share_key_value_heads_is_refused() -> None:

@@ -44,18 +44,22 @@ def head_gradients(
         dw = torch.autograd.grad(loss, head.weight)[0]
     else:
         dx, dw = torch.autograd.grad(loss, [hidden, head.weight])
-    return {"total": total.detach(), "dx": dx, "dw": dw, "tokens": int(stats["tokens"])}
+    found = {"total": total.detach(), "dx": dx, "dw": dw, "tokens": int(stats["tokens"])}
+    return found | {name: stats[name] for name in ("token_losses", "z_loss")}
 
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize(("split_backward", "one_by_one"), [(False, False), (True, False), (True, True)])
 def test_head_equals_cross_entropy_of_whole_logits(world: int, split_backward: bool, one_by_one: bool) -> None:
     weight, hidden = draw(VOCAB, WIDTH, seed=1).requires_grad_(), draw(3, 7, WIDTH, seed=2).requires_grad_()
-    truth = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets_of_case().flatten(), reduction="sum")
+    each = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets_of_case().flatten(), reduction="none")
+    truth = each.sum()
     (truth / 7).backward()
     results = run_ranks(head_gradients, world, split_backward, one_by_one)
     for found in results:
         assert torch.allclose(found["total"], truth, rtol=1e-13)
+        assert torch.allclose(found["token_losses"], each, rtol=1e-12)
+        assert found["z_loss"] == 0
         assert found["tokens"] == int((targets_of_case() >= 0).sum())
         assert torch.allclose(found["dx"], hidden.grad, rtol=1e-12, atol=1e-13)
     assert torch.allclose(torch.cat([found["dw"] for found in results]), weight.grad, rtol=1e-12, atol=1e-13)
@@ -66,11 +70,14 @@ def test_head_equals_cross_entropy_of_whole_logits(world: int, split_backward: b
 def test_z_loss_is_in_the_gradients_and_not_in_the_value(world: int, split_backward: bool) -> None:
     weight, hidden = draw(VOCAB, WIDTH, seed=1).requires_grad_(), draw(3, 7, WIDTH, seed=2).requires_grad_()
     logits, targets = (hidden @ weight.T).flatten(0, 1), targets_of_case().flatten()
-    plain = F.cross_entropy(logits, targets, reduction="sum")
-    ((plain + 0.01 * (logits.logsumexp(-1)[targets >= 0] ** 2).sum()) / 7).backward()
+    each = F.cross_entropy(logits, targets, reduction="none")
+    plain, z = each.sum(), 0.01 * (logits.logsumexp(-1)[targets >= 0] ** 2).sum()
+    ((plain + z) / 7).backward()
     results = run_ranks(head_gradients, world, split_backward, False, 0.01)
     for found in results:
         assert torch.allclose(found["total"], plain, rtol=1e-12)
+        assert torch.allclose(found["token_losses"], each, rtol=1e-11)
+        assert torch.allclose(found["z_loss"], z, rtol=1e-12)
         assert torch.allclose(found["dx"], hidden.grad, rtol=1e-12, atol=1e-13)
     assert torch.allclose(torch.cat([found["dw"] for found in results]), weight.grad, rtol=1e-12, atol=1e-13)
 

@@ -87,10 +87,11 @@ def test_a_dry_run_tells_the_fullest_rank() -> None:
     cut = estimate(Config.model_validate({**tree, "parallel": parallel}), 2)
     layer = 2 * 256 * 32 * (8 + 4) + 3 * 256 * 688 + 2 * 256
     ends = 2 * 8192 * 256 + 256
-    assert whole.rank_parameters == whole.total_parameters == cut.total_parameters == ends + 6 * layer
-    assert cut.rank_parameters == max(ends + 2 * layer, 4 * layer)
-    assert cut.activations == int(whole.activations * 4 * 4 / 2 / 6)  # 4 stages in flight, 4/2 layers in each, of 6
-    assert cut.logits == whole.logits * 1024 // 512  # all of a micro-batch, not a chunk
+    assert [rank.parameters for rank in whole.ranks] == [whole.total_parameters] == [cut.total_parameters]
+    assert whole.total_parameters == ends + 6 * layer
+    assert [rank.parameters for rank in cut.ranks] == [ends + 2 * layer, 4 * layer]
+    assert cut.largest.rank == 0
+    assert cut.peak == max(rank.peak.total for rank in cut.ranks)
     text = describe(Config.model_validate({**tree, "parallel": parallel}), 2)
     assert "zbv, layers by stage: 1 on rank 0, 1 on rank 1, 3 on rank 1, 1 on rank 0" in text
 

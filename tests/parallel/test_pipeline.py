@@ -18,9 +18,9 @@ from opencoder.data.loader import MicroBatch
 from opencoder.model.decoder import Decoder, Part, named_parameters
 from opencoder.model.initialise import build_model
 from opencoder.optim.optimizer import ReplicatedOptimizer
-from opencoder.parallel.layout import chunks_in_flight, stage_ranks
+from opencoder.parallel.layout import stage_ranks
 from opencoder.parallel.mesh import Mesh, create_mesh
-from opencoder.parallel.pipeline import Pipeline, Shapes
+from opencoder.parallel.pipeline import Pipeline, Shapes, Work, order_of_work
 from opencoder.train.loop import Trainer
 from opencoder.train.metrics import read_rows
 from opencoder.train.pipeline_runner import Chunks, PipelineRunner, build_chunks, parts_of
@@ -131,11 +131,20 @@ def pieces_through(rank: int, world: int, kind: dict[str, Any], n: int, steps: i
     }
 
 
+def most_alive(work: list[Work]) -> int:
+    """The most micro-batches, each in its stage, that have run forward and whose gradients are not all there yet."""
+    alive = most = 0
+    for _, kind, _ in work:
+        alive += {"F": 1, "B": -1, "I": 0, "W": -1}[kind]
+        most = max(most, alive)
+    return most
+
+
 def test_what_a_rank_holds_in_flight_is_as_foretold() -> None:
     cases = {f"{name} {n}": (kind, n, 1) for name, kind in SCHEDULES.items() for n in (4, 9)}
     found = run_cases(pieces_through, 3, cases)
     foretold = {
-        name: chunks_in_flight(kind["schedule"], 3, kind.get("virtual_stages", 1), n)
+        name: [most_alive(work) for work in order_of_work(kind["schedule"], 3, kind.get("virtual_stages", 1), n)]
         for name, (kind, n, _) in cases.items()
     }
     assert {name: [each["alive"] for each in ranks] for name, ranks in found.items()} == foretold

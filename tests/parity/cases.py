@@ -91,6 +91,25 @@ CASES: dict[str, Case] = {
     "pp2-dp2-sharded-zbv": Case(
         4, PIPE, 1, {"pp": 2, "virtual_stages": 2, "schedule": "zbv", "sharded_optimizer": True}, documents=True
     ),
+    "pp2-tied": Case(2, {**SMALL, "tie_embeddings": True}, 2, {"pp": 2}, documents=True),
+    "pp2-zbv-tied": Case(
+        2, {**PIPE, "tie_embeddings": True}, 2, {"pp": 2, "virtual_stages": 2, "schedule": "zbv"}, documents=True
+    ),
+    "pp4-interleaved-tied": Case(
+        4, {**PIPE, "tie_embeddings": True}, 1, {"pp": 4, "virtual_stages": 2, "schedule": "interleaved"}
+    ),
+    "pp2-tp2-dp2-sharded-tied": Case(
+        8,
+        {**SMALL, "tie_embeddings": True},
+        1,
+        {"pp": 2, "tp": 2, "sequence_parallel": True, "sharded_optimizer": True},
+    ),
+    "pp2-dp2-sharded-zbv-tied": Case(
+        4,
+        {**PIPE, "tie_embeddings": True},
+        1,
+        {"pp": 2, "virtual_stages": 2, "schedule": "zbv", "sharded_optimizer": True},
+    ),
     "pp2-cp2": Case(4, PIPE, 2, {"pp": 2, "cp": 2}, documents=True),
     "pp2-cp2-zbv": Case(4, PIPE, 2, {"pp": 2, "cp": 2, "virtual_stages": 2, "schedule": "zbv"}, documents=True),
     "pp2-tp2-zb-sp": Case(

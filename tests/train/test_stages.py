@@ -204,8 +204,34 @@ def test_the_achieved_blend_is_told(folder: Path) -> None:
     stages = plan_stages(asked)
     data = TrainingData(asked, stages, Mesh(), step=0)
     tokens = np.concatenate([mb.tokens.numpy().ravel() for _, step in data.batches(0) for mb in step])
-    assert data.achieved(stages[0]) == [(tokens < 100).mean(), (tokens >= 100).mean()]
-    assert f"{folder / 'b'} 75.000% of 75.000%" in data.describe(stages[0])
+    account = data.account(stages[0], 10)
+    assert [source["achieved"] for source in account["sources"]] == [(tokens < 100).mean(), (tokens >= 100).mean()]
+    for told in (data.describe(stages[0]), data.describe_end(stages[0])):
+        assert f"{folder / 'b'} 75.000% of 75.000%" in told
+    assert f"read {tokens.size:,} tokens" in data.describe_end(stages[0])
+
+
+@pytest.mark.parametrize("step", [3, 6, 8, 10])
+def test_what_each_stage_has_read_is_accounted_for_and_outlives_it(folder: Path, step: int) -> None:
+    names = [str(folder / name) for name in "ab"]
+    asked = config(
+        folder,
+        blend=[{"prefix": names[0], "weight": 2}, {"prefix": names[1], "weight": 1}],
+        stages=[{"from_step": 6, "seq_len": 32, "blend": [{"prefix": names[1]}]}],
+    )
+    stages = plan_stages(asked)
+    earlier = TrainingData(asked, stages, Mesh(), step=0).accounts(6, [])
+    found = TrainingData(asked, stages, Mesh(), step=min(step, 9)).accounts(step, earlier)
+    batches = zip(range(step), TrainingData(asked, stages, Mesh(), step=0).batches(0), strict=False)
+    read = [(stage, np.concatenate([mb.tokens.numpy().ravel() for mb in mbs])) for _, (stage, mbs) in batches]
+    assert len(read) == step
+    assert [each["steps"] for each in found] == [min(step, 6), step - 6][: 1 + (step > 6)]
+    for each, stage in zip(found, stages, strict=False):
+        tokens = np.concatenate([x for of, x in read if of is stage or of == stage])
+        counts = [int((tokens < 100).sum()), int((tokens >= 100).sum())]
+        told = {source["prefix"]: source for source in each["sources"]}
+        assert [told[name]["tokens"] if name in told else 0 for name in names] == counts
+        assert sum(source["asked"] for source in each["sources"]) == 1
 
 
 def test_fill_in_the_middle_reaches_training_alone(folder: Path) -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from opencoder.corpus_config import CorpusConfig
 
-from .. import verdict
+from .. import rules, verdict
 from ..decontaminate import Decontaminator, excerpt
 from ..transform import Transformed, licence, transform
 from .licences import repository_key
@@ -28,6 +28,7 @@ JUDGED = pa.schema(
         ("reason", pa.string()),
         ("value", pa.float64()),
         ("threshold", pa.string()),
+        ("table", pa.string()),
         ("hits", pa.string()),
         ("errors", pa.string()),
         ("matches", pa.string()),
@@ -41,7 +42,8 @@ JUDGED = pa.schema(
     ]
 )
 """One row per record that dedup left. place: in the shard. size_bytes: of the text in UTF-8, which is null unless the record
-stays. excerpt: of every one, so that reports show no personal data. hits, errors, matches, transform and pii are JSON."""
+stays. table: of thresholds, null unless the rules judged it. excerpt: of every one, so that reports show no personal data.
+hits, errors, matches, transform and pii are JSON."""
 EXCERPT_CHARS = 600
 """Characters of a file that the report may show."""
 MATCHES = 20
@@ -131,6 +133,7 @@ class _Judge:
             text, path=record["path"], size_bytes=record["size_bytes"], language=record["language"],
             doc_type=record["doc_type"], identity=record["id"], compat=self.config.rules.compat,
         )  # fmt: skip
+        row["table"] = rules.table_for(record["doc_type"], record["language"], found.natural_language)
         if found.errors:
             row["errors"] = json.dumps(found.errors, sort_keys=True)
         if not found.hits:

@@ -166,7 +166,8 @@ class Counts:
         self.files: Counter[tuple[str, ...]] = Counter()
         self.sizes: Counter[tuple[str, ...]] = Counter()
         self.found: dict[str, Counter[str]] = {
-            name: Counter() for name in ("hits", "alone", "pii", "licences", "licence_sources")
+            name: Counter()
+            for name in ("tables", "table_bytes", "hits", "hit_bytes", "alone", "pii", "licences", "licence_sources")
         }
         self.totals: Counter[str] = Counter()
         self.listed: dict[str, list[Any]] = {name: [] for name in ("failures", "signal_errors", "matches")}
@@ -187,8 +188,13 @@ class Counts:
 
     def _judged(self, record: dict[str, Any]) -> None:
         self.totals["judged"] += 1
+        size = record["size_bytes"]
+        if record["table"] is not None:
+            self.found["tables"][record["table"]] += 1
+            self.found["table_bytes"][record["table"]] += size
         names = {hit["rule"] for hit in json.loads(record["hits"] or "[]")}
         self.found["hits"].update(names)
+        self.found["hit_bytes"].update(dict.fromkeys(names, size))
         self.found["alone"].update(names if len(names) == 1 else ())
         for signal, error in json.loads(record["errors"] or "{}").items():
             self._list("signal_errors", {"path": record["path"], "signal": signal, "error": error})
@@ -210,19 +216,23 @@ class Counts:
             self.left_out[name] += 1
 
     def _sample(self, records: list[dict[str, Any]]) -> None:
-        """Of each reason, and of what is kept, candidates: those with the smallest hash of seed and file."""
+        """Of each reason, of what is kept and of what each table of rules keeps, candidates: those with the smallest hash of
+        seed and file."""
         columns = ("path", "language", "value", "threshold", "size_bytes", "excerpt")
         for record in records:
             if record["status"] == "failed":
                 continue
-            group = "kept" if record["status"] == "kept" else f"{record['stage']}: {record['reason']}"
+            groups = [f"{record['stage']}: {record['reason']}"]
+            if record["status"] == "kept":
+                groups = ["kept"] if record.get("table") is None else ["kept", f"kept: {record['table']}"]
             name = f"{self.config.seed}:{record['path']}:{record['id']}"
             draw = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
-            best = self.samples.setdefault(group, [])
-            if len(best) < self.config.samples_per_rule or (best and draw < best[-1]["draw"]):
-                best.append({"draw": draw, **{name: record.get(name) for name in columns}})
-                best.sort(key=lambda row: str(row["draw"]))
-                del best[self.config.samples_per_rule :]
+            for group in groups:
+                best = self.samples.setdefault(group, [])
+                if len(best) < self.config.samples_per_rule or (best and draw < best[-1]["draw"]):
+                    best.append({"draw": draw, **{name: record.get(name) for name in columns}})
+                    best.sort(key=lambda row: str(row["draw"]))
+                    del best[self.config.samples_per_rule :]
 
     def result(self) -> dict[str, Any]:
         """All of it, as JSON can hold it."""
