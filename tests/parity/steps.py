@@ -20,9 +20,9 @@ ZBV = {"virtual_stages": 2, "schedule": "zbv"}
 LAYOUTS: dict[str, Case] = {
     "tp2-sp": Case(2, BASE, 2, {"tp": 2, "sequence_parallel": True}, documents=True),
     "pp2": Case(2, BASE, 2, {"pp": 2}, documents=True),
-    "pp2-zbv": Case(2, BASE, 1, {"pp": 2, **ZBV}, documents=True),
+    "pp2-zbv": Case(2, BASE, 2, {"pp": 2, **ZBV}, documents=True),
     "cp2": Case(2, BASE, 4, {"cp": 2}, documents=True),
-    "dp2-sharded": Case(2, BASE, 1, {"sharded_optimizer": True}, documents=True),
+    "dp2-sharded": Case(2, BASE, 2, {"sharded_optimizer": True}, documents=True),
     "tp2-dp2-pp2": Case(8, BASE, 2, {"tp": 2, "pp": 2}, documents=True),
 }
 
