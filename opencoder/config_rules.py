@@ -72,7 +72,7 @@ def validate(config: Config, world_size: int) -> None:
 
 def _check_available(config: Config) -> None:
     """Refuse what the tree can say but this version cannot do, so that no key is silently without effect."""
-    d, t = config.data, config.train
+    d = config.data
     missing = {
         f"model.head.kind={config.model.head.kind}": config.model.head.kind != "vocab",
         f"data.kind={d.kind}": d.kind != "lm",
