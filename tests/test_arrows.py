@@ -85,6 +85,7 @@ DISTRIBUTED = {
     "opencoder/parallel/meeting.py",
     "opencoder/parallel/pipeline.py",
     "opencoder/checkpoint/parts.py",
+    "opencoder/checkpoint/reading.py",
     "opencoder/checkpoint/saver.py",
     "opencoder/checkpoint/storage.py",
     "opencoder/checkpoint/together.py",

@@ -9,6 +9,7 @@ rank's share. Modules carry the names of the Hugging Face checkpoint, so paramet
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -127,29 +128,32 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, context: Context
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = self._normed(self.input_layernorm, self.self_attn, "attention", x, residual, context)
-        return self._normed(self.post_attention_layernorm, self.mlp, "mlp", x, residual)
+        # What a call takes is free once a name here stands for something else, so no name outlives its use.
+        x, residual, make = self._normed(self.input_layernorm, x, residual)
+        x = self._run(self.self_attn, "attention", make, x, context)
+        x, residual, make = self._normed(self.post_attention_layernorm, x, residual)
+        return self._run(self.mlp, "mlp", make, x), residual
 
     def _normed(
-        self,
-        norm: RMSNorm,
-        module: nn.Module,
-        name: str,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        *args: Context,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The module of the norm of x + residual, and that sum."""
-        again = name in self.recompute
+        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Callable[[], torch.Tensor] | None]:
+        """The norm of x + residual, that sum, and what makes the norm again where it is not to be kept."""
         if "norm" not in self.recompute:
-            y, total = norm(x, residual)
-            return run(module, y, *args, again=again), total
+            return *norm(x, residual), None
         if residual is not None and x.element_size() < 4:
             # What is made again is the norm of the sum as it is kept, so the first must be that too, not of the sum unrounded.
             x, residual = x + residual, None
         y, total = norm(x, residual)
         kept = total.detach()
-        return run_on_made(module, y, *args, make=lambda: norm(kept)[0], again=again), total
+        return y, total, lambda: norm(kept)[0]
+
+    def _run(
+        self, module: nn.Module, name: str, make: Callable[[], torch.Tensor] | None, x: torch.Tensor, *args: Context
+    ) -> torch.Tensor:
+        again = name in self.recompute
+        if make is None:
+            return run(module, x, *args, again=again)
+        return run_on_made(module, x, *args, make=make, again=again)
 
 
 class Decoder(nn.Module):

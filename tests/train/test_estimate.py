@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.pipelining import PipelineStage
 
 from opencoder.config import Config, validate
 from opencoder.errors import ConfigError
 from opencoder.parallel.mesh import Mesh, create_mesh, kv_replicas_of
 from opencoder.tools.bench_estimate import (
     LAYOUTS,
-    UPDATES,
     Layout,
     measure,
     take_steps,
@@ -72,22 +70,15 @@ def observe(rank: int, world: int, tree: dict[str, Any]) -> tuple[int, dict[str,
     config = Config.model_validate(tree)
     p = config.parallel
     mesh = create_mesh(tp=p.tp, pp=p.pp, cp=p.cp, kv_replicas=kv_replicas_of(config.model.kv_heads, p.tp))
-    between_stages = [0]  # torch sends these itself, so Group does not count them
-
-    def counted(method: Any) -> Any:
-        def run(stage: Any, micro_batch: int) -> Any:
-            operations = method(stage, micro_batch)
-            between_stages[0] += sum(operation.tensor.nbytes for operation in operations)
-            return operations
-
-        return run
-
-    for name in ("get_fwd_send_ops", "get_bwd_send_ops"):
-        setattr(PipelineStage, name, counted(getattr(PipelineStage, name)))
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         sent = take_steps(config, mesh, torch.device("cpu"))
-    return tensor_peak(profiler), {**sent, "pp send": between_stages[0] // UPDATES}
+    handed_over: dict[str, int] = defaultdict(int)
+    for key, size in sent.items():
+        group, _, operation = key.rpartition(" ")
+        if operation != "receive":  # the other side's send
+            handed_over["pp send" if operation == "send" else f"{group} {operation}"] += size
+    return tensor_peak(profiler), dict(handed_over)
 
 
 @pytest.mark.parametrize("name", [*PAIRS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_PAIRS)])
@@ -107,8 +98,8 @@ def test_peak_and_traffic_are_as_foretold(tmp_path: Path, prefix: Path, name: st
             of_data = "cp" if config.parallel.cp > 1 else "dp"
             expected[f"{of_data if axis == 'data' else axis} {operation}"] += size
         for key in expected.keys() | sent.keys():
-            # Beside tensors of the model: the count of targets, the loss, the norm.
-            assert 0 <= sent.get(key, 0) - expected[key] <= 16, (key, sent, dict(expected))
+            # Beside tensors of the model: the count of targets, the loss, what the z-loss adds, the norm.
+            assert 0 <= sent.get(key, 0) - expected[key] <= 24, (key, sent, dict(expected))
 
 
 @pytest.mark.slow
