@@ -90,7 +90,6 @@ DISTRIBUTED = {
     "opencoder/checkpoint/storage.py",
     "opencoder/checkpoint/together.py",
     "opencoder/checkpoint/native.py",
-    "opencoder/checkpoint/reading.py",
     "opencoder/checkpoint/hf.py",
     "opencoder/checkpoint/hf_export.py",
 }
