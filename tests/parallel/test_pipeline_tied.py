@@ -20,7 +20,7 @@ from tests.harness import run_cases, run_ranks
 from tests.model.cases import SMALL
 from tests.parallel.test_pipeline import train
 from tests.parity.cases import CASES, Case
-from tests.parity.run import Outcome, one_update, worst
+from tests.parity.update import Outcome, one_update, worst
 
 ZBV = {"pp": 2, "virtual_stages": 2, "schedule": "zbv"}
 STEP_BY_STEP: list[tuple[int, int, dict[str, Any]]] = [
@@ -80,7 +80,7 @@ def test_the_estimate_counts_the_matrix_once_on_a_rank() -> None:
     def parameters(**parallel: Any) -> int:
         model = {**SMALL, "layers": 4, "vocab_size": 50_000, "tie_embeddings": True}
         config = Config.model_validate({**tree(Path()), "model": model, "parallel": parallel})
-        return estimate(config, parallel.get("pp", 1)).rank_parameters
+        return estimate(config, parallel.get("pp", 1)).largest.parameters
 
     whole = parameters()
     assert 50_048 * 64 < parameters(pp=2) < whole
