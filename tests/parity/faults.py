@@ -32,6 +32,7 @@ from opencoder.parallel import (
 from opencoder.parallel import sharded as buckets
 from opencoder.parallel.group import SINGLE, Group, Handle
 from opencoder.train import pipeline_runner, step
+from opencoder.train.totals import Totals
 
 from .patches import Patches
 
@@ -66,7 +67,7 @@ def silenced(name: str, layout: str, owner: Any, function: str, operation: str =
 # ---- data parallel: gradients, their number, their norm ----
 
 silenced("gradients are not summed over dp", "dp2-documents", optimizer, "reduce_gradients", "start_all_reduce")
-silenced("targets are counted by each rank alone", "dp2-documents", heads, "count_targets")
+silenced("targets are counted by each rank alone", "dp2-documents", heads.VocabHead, "begin_step")
 silenced("the loss is not summed over dp", "dp2-documents", step.TrainStep, "_summed")
 
 
@@ -96,13 +97,13 @@ def _(patches: Patches) -> None:
 @fault("every micro-batch is divided by its own number of targets", "dp2-documents")
 def _(patches: Patches) -> None:
     def make(_: Any) -> Any:
-        def mean_of_means(self: Any, micro_batches: Any, count: torch.Tensor) -> torch.Tensor:
-            total = torch.zeros((), dtype=torch.float64)
+        def mean_of_means(self: Any, micro_batches: Any, count: torch.Tensor, *, groups: int = 0) -> Totals:
+            totals, told = Totals(self.device), Totals(self.device)
             for mb in micro_batches:
-                mean = self._loss(mb) / (mb.labels != -100).sum() / (2 * len(micro_batches))
+                mean = self._loss(mb, totals) / (mb.labels != -100).sum() / (2 * len(micro_batches))
                 mean.backward()
-                total += mean.detach() * count
-            return total
+                told.values[0] += mean.detach() * count
+            return told
 
         return mean_of_means
 
@@ -119,7 +120,10 @@ def _(patches: Patches) -> None:
 
 @fault("masked targets are counted", "dp2-documents")
 def _(patches: Patches) -> None:
-    patches.replace(heads, "count_targets", lambda count: lambda of, mesh: count([t.clamp(min=0) for t in of], mesh))
+    def make(begin: Any) -> Any:
+        return lambda self, targets: begin(self, [t.clamp(min=0) for t in targets])
+
+    patches.replace(heads.VocabHead, "begin_step", make)
 
 
 # ---- tensor parallel ----
@@ -202,7 +206,7 @@ def _(patches: Patches) -> None:
 
 # ---- context parallel ----
 
-silenced("targets are counted without cp", "cp2-dense", heads, "count_targets")
+silenced("targets are counted without cp", "cp2-dense", heads.VocabHead, "begin_step")
 
 
 @fault("gradients are not summed over cp", "cp2-dp2")
@@ -292,7 +296,14 @@ silenced("the loss stays on the last stage", "pp2-documents", pipeline_runner.Pi
 
 @fault("the loss counts on every stage", "pp2-dp2")
 def _(patches: Patches) -> None:
-    patches.replace(step.TrainStep, "_summed", lambda _: lambda self, total: self.mesh.world.all_reduce(total))
+    def make(_: Any) -> Any:
+        def over_the_world(self: Any, totals: Totals) -> Totals:
+            self.mesh.world.all_reduce(totals.values)
+            return totals
+
+        return over_the_world
+
+    patches.replace(step.TrainStep, "_summed", make)
 
 
 @fault("torch divides gradients by the number of micro-batches", "pp2-documents")

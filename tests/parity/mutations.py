@@ -25,8 +25,10 @@ class Verdict(NamedTuple):
 
     reached: bool
     wrong: dict[str, float]
-    """Quantities beyond the tolerance, with their errors; of an error that was raised, its last line."""
+    """Quantities beyond the tolerance, with their errors."""
     seconds: float
+    raised: str = ""
+    """The last line of an error: a fault must be silent, so it no longer fits the code it was written for."""
 
 
 def _with_fault(rank: int, world: int, name: str, case: Case, file: str) -> tuple[int, dict[str, float]]:
@@ -47,7 +49,7 @@ def try_fault(name: str, layout: str, file: str, keys: set[str]) -> Verdict:
         ranks = run_ranks(_with_fault, CASES[layout].world, name, CASES[layout], file)
     except RankError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        return Verdict(True, {f"raised {lines[-1].strip()}": float("inf")}, time.monotonic() - start)
+        return Verdict(False, {}, time.monotonic() - start, raised=lines[-1].strip())
     found = worst_of([errors for _, errors in ranks], keys)
     wrong = {key: error for key, error in found.items() if error > TOLERANCE}
     return Verdict(any(reached for reached, _ in ranks), wrong, time.monotonic() - start)
@@ -69,7 +71,9 @@ def survivors(verdicts: dict[tuple[str, str], Verdict]) -> list[str]:
     """What is not as it must be, one line each."""
     found = []
     for (name, layout), verdict in verdicts.items():
-        if name == CONTROL:
+        if verdict.raised:
+            found.append(f"{name}: raised at {layout}: {verdict.raised}")
+        elif name == CONTROL:
             found += [f"{layout} fails without a fault: {list(verdict.wrong)[:3]}"] if verdict.wrong else []
         elif not verdict.reached:
             found.append(f"{name}: never reached at {layout}")

@@ -95,7 +95,7 @@ def z_loss_of_shards(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]
     logits = (hidden @ weight.chunk(world)[rank].T).requires_grad_()
     group = create_mesh(tp=world).tp
     losses = vocab_parallel_cross_entropy(logits, targets, vocab_start=rank * V // world, group=group, z_loss=0.1)
-    return losses.detach(), torch.autograd.grad(losses.sum(), logits)[0]
+    return losses.tokens.detach(), torch.autograd.grad(losses.total, logits)[0]
 
 
 def test_1_options_that_need_all_logits_are_refused_or_right() -> None:
@@ -262,7 +262,7 @@ def left_alone(rank: int, world: int) -> list[bool]:
     hidden, weight, targets = head_inputs()
     logits = (hidden @ weight.chunk(world)[rank].T).requires_grad_()
     before, kept = logits.detach().clone(), targets.clone()
-    vocab_parallel_cross_entropy(logits, targets, vocab_start=rank * V // world, group=tp).sum().backward()
+    vocab_parallel_cross_entropy(logits, targets, vocab_start=rank * V // world, group=tp).total.backward()
     case = Case(world, SMALL, 4, targets=UNEQUAL)
     config, mesh, model, _, step = build(case, OptimConfig())
     batch = micro_batches(case, config.vocab_size, mesh.dp.rank, mesh.dp.size)

@@ -44,11 +44,13 @@ def test_what_is_not_noticed_not_reached_or_wrong_without_a_fault_is_told() -> N
         ("seen", "dp2"): Verdict(True, wrong, 1.0),
         ("unseen", "dp2"): Verdict(True, {}, 1.0),
         ("elsewhere", "dp2"): Verdict(False, wrong, 1.0),
+        ("old", "dp2"): Verdict(False, {}, 1.0, raised="AttributeError: gone"),
     }
     assert survivors(verdicts) == [
         "tp2 fails without a fault: ['norm']",
         "unseen: not noticed at dp2",
         "elsewhere: never reached at dp2",
+        "old: raised at dp2: AttributeError: gone",
     ]
 
 
