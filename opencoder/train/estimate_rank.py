@@ -110,7 +110,9 @@ def _update(config: Config, parameters: dict[str, torch.nn.Parameter], s: Sizes,
     copies = 0
     if config.parallel.sharded_optimizer:
         rooms = [room for _, room in _buckets(list(parameters.values()), s, data)]
-        copies = sum(rooms[-_gradients.IN_FLIGHT :]) + max(rooms) // data  # the last ones, and the sum of one in the making
+        copies = (
+            sum(rooms[-_gradients.IN_FLIGHT :]) + max(rooms) // data
+        )  # the last ones, and the sum of one in the making
     elif data > 1 or s.split:
         small = sum(size for size in sizes if size < _gradients.ALONE_BYTES)
         copies = min(small, _gradients.IN_FLIGHT * _gradients.BUCKET_BYTES)

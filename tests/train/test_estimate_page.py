@@ -29,7 +29,9 @@ def test_the_picture_and_the_groups_are_those_of_the_mesh() -> None:
         assert row is not None
         told = {tuple(map(int, group.split())) for group in row[1].split(",")}
         assert told == {groups[axis] for groups in found}
-    drawn = [[int(n) for n in re.findall(r"rank (\d+)", line)] for line in re.findall(r"^dp \d .*$", PAGE, re.MULTILINE)]
+    drawn = [
+        [int(n) for n in re.findall(r"rank (\d+)", line)] for line in re.findall(r"^dp \d .*$", PAGE, re.MULTILINE)
+    ]
     # A line is a place in dp; in it tp goes from left to right within pp.
     for line in drawn:
         assert [found[rank]["tp"] for rank in line] == [tuple(line[:2])] * 2 + [tuple(line[2:])] * 2
@@ -58,7 +60,9 @@ def test_dry_runs_print_what_the_page_says(
 
 
 def test_measurements_are_those_of_the_bench_and_within_its_bounds() -> None:
-    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE, re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE, re.MULTILINE
+    )
     assert len(rows) >= 7
     for name, *numbers in rows:
         assert name in LAYOUTS
