@@ -44,7 +44,7 @@ PAIRS: dict[str, dict[str, Any]] = {
     "cp2-ulysses": {"parallel": {"cp": 2, "context_attention": "ulysses"}},
     "dp2-sharded": {"parallel": {"sharded_optimizer": True}},
     "pp2": {"parallel": {"pp": 2}},
-    "pp2-zb": {"parallel": {"pp": 2, "schedule": "zb"}},
+    "pp2-zb": {"parallel": {"pp": 2, "schedule": "zb"}, "model": {**MODEL, "vocab_size": 512}, "seq_len": 1024},
     "pp2-zbv": {"parallel": {"pp": 2, "schedule": "zbv", "virtual_stages": 2}},
 }
 """Layouts of two processes."""
@@ -63,7 +63,7 @@ MORE_PAIRS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "data"
-    write_dataset(path, 20_000, 8192)
+    write_dataset(path, 20_000, 512)
     return path
 
 
