@@ -6,7 +6,6 @@ is the whole state once more; this one holds one part at a time, so parts may al
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 from torch.utils.serialization import config as serialization_config
 
-from opencoder.files import FileFacts
+from opencoder.files import FileFacts, crc32
 
 FILE_BYTES = 4 << 30
 """A rank starts another file beyond this size, so that verifying and copying can be shared out."""
@@ -42,7 +41,7 @@ class SummedFile:
     def write(self, data: Any) -> int:
         """Append `data` (bytes-like)."""
         view = memoryview(data).cast("B")
-        self.crc32 = zlib.crc32(view, self.crc32)
+        self.crc32 = crc32(view, self.crc32)
         try:
             self._write_all(view)
             self._begin_flush()
