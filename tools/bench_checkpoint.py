@@ -1,7 +1,9 @@
 """`opencoder bench-checkpoint`: saving and loading beside the disk's own rate, and what a background save makes training wait.
 
-The disk's rate is measured in the same rounds, interleaved: one file of the same size, written front to back and synced,
-then dropped from the page cache and read. What is best of the rounds counts. Checksums and fsync are included.
+The disk's rate is measured in the same rounds, interleaved: one file of the same size, written front to back and synced beside
+the one before, which it then replaces, as a checkpoint does; then dropped from the page cache and read. (Written over itself it
+would be given the pages that it has just freed; in a virtual machine, where others may cost ten times as much, that is another
+thing.) What is best of the rounds counts. Checksums and fsync are included.
 
 Training is matrix products on all threads for about two seconds, after which the update waits for what is still being copied.
 Its wait is what the loop's `save_wait_s` adds up; what the products lose to the copying thread is told beside it."""
@@ -52,7 +54,6 @@ def measure(folder: Path, mib: int, tensor_mib: int, rounds: int) -> dict[str, f
     tensors: Tensors = {f"t{i}": (torch.randn(rows, 1024), replicated((rows, 1024))) for i in range(mib // tensor_mib)}
     model = {"layers": 1, "hidden_size": 8, "heads": 1, "ffn_size": 8, "vocab_size": 8}
     config = Config.model_validate({"run_dir": str(folder), "model": model})
-    _touch((4 * mib) << 20)
     train = _training()
     savers = {name: Saver(folder / name, _settings(name), Mesh(), timeout_s=600) for name in ("save", "wait")}
     block = torch.randn(BLOCK // 4).numpy().data.cast("B")
@@ -100,12 +101,6 @@ def _settings(name: str) -> CheckpointConfig:
     return CheckpointConfig(async_save=name == "wait", keep=1)
 
 
-def _touch(size: int) -> None:
-    """Have the machine back as much memory as the page cache is going to take: in a virtual machine the first use of a page
-    costs ten times the write, and whichever side comes first would pay for all."""
-    torch.ones(size, dtype=torch.uint8)
-
-
 def _training() -> Callable[[], None]:
     """About two seconds of matrix products."""
     a = torch.randn(2048, 2048)
@@ -135,10 +130,12 @@ def _timed(work: Callable[[], None]) -> float:
 
 
 def _write(path: Path, block: memoryview, mib: int) -> None:
-    with open(path, "wb", buffering=0) as file:
+    beside = path.with_suffix(".new")
+    with open(beside, "wb", buffering=0) as file:
         for _ in range((mib << 20) // len(block)):
             file.write(block)
         os.fsync(file.fileno())
+    os.replace(beside, path)
 
 
 def _read(path: Path) -> None:
