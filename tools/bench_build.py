@@ -196,9 +196,10 @@ def table(found: dict[str, Any], files: int = 10**9) -> str:
             f"  {n} workers  {run['seconds']:>7.1f} s  {rate:>6.2f} MB/s  {first['seconds'] / run['seconds']:.2f}×   "
             f"peak of a worker {peak:,.0f} MB, of the driver {driver:,.0f} MB"
         )
-    lines.append(
-        f"  {max(runs)} processes that share nothing do {found['ceiling']:.2f}× the work of one on this machine"
-    )
+    if max(runs) > 1:
+        lines.append(
+            f"  {max(runs)} processes that share nothing do {found['ceiling']:.2f}× the work of one on this machine"
+        )
     for name in ("unchanged", "verified"):
         lines.append(f"  {name:<10}{found[name]:>7.1f} s  {found[name] / last['seconds']:.3f} of the first")
     stages = {k: v for k, v in last["timings"].items() if k not in _NOT_STAGES}
