@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .meeting import store_of_torchrun
-from .records import CommunicationError, Handle, Record, Records, Result
+from .records import RECEIVE, CommunicationError, Handle, Record, Records, Result
 
 Op = Literal["sum", "max", "min"]
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -186,7 +186,7 @@ class Group:
         ranks = (self.ranks[source], self.ranks[target])
         group = f"{self.name} {ranks[0]}→{ranks[1]}"
         sequence = self.records.latest.get(f"{group}@{ranks[0]}", 0) + 1
-        operation = "send" if source == self.rank else "receive"
+        operation = "send" if source == self.rank else RECEIVE
         return self.records.begin(group, sequence, operation, [tensor], ranks)
 
     # ---- anything else ----

@@ -15,6 +15,8 @@ import torch
 from opencoder.errors import Failure
 
 Result = TypeVar("Result")
+RECEIVE = "receive"
+"""Operation of a record that hands nothing over: the other side's send counts."""
 
 
 @dataclass(slots=True)
@@ -28,7 +30,7 @@ class Record:
     operation: str
     shape: tuple[int, ...]
     bytes: int
-    """What this rank handed over."""
+    """What this rank handed over, or received with RECEIVE."""
     step: int
     """Optimizer step under way, as told to `Records.step`."""
     started: float
@@ -105,7 +107,7 @@ class Records:
         self._ring[self._next % len(self._ring)] = record
         self._next += 1
         self._collectives += 1
-        self._bytes += size
+        self._bytes += 0 if operation == RECEIVE else size
         return record
 
     def wait(self, record: Record | None) -> None:

@@ -197,3 +197,10 @@ def waits(rank: int, world: int) -> float:
 
 def test_groups_have_the_time_out_they_are_given() -> None:
     assert run_ranks(waits, 2)[0] < 3
+
+
+def test_what_is_received_is_not_handed_over() -> None:
+    records, tensor = Records(), torch.zeros(5, dtype=torch.float64)
+    for operation in ("send", "receive", "all_reduce"):
+        records.end(records.begin("pp 0→1", 1, operation, [tensor], (0, 1)), 0.0)
+    assert records.take()[:2] == (3, 2 * 40)
