@@ -33,6 +33,8 @@ CENTRAL = ("exact", "licences", "groups", "sample")
 RECORDS = (100_000, 500_000)
 SHARD = 4000
 CEILING_FILES = 1000
+STUCK_S = 300
+"""A process that another waits for longer than this has failed."""
 NEAR_SHARE = 0.1
 """Near-duplicates among the made-up records."""
 
@@ -113,7 +115,7 @@ def _signals(start: Any, seconds: Any) -> None:
     texts = [(path.name, path.read_text(encoding="utf-8", errors="replace")) for path in files]
     for timed in (False, True):
         if timed:
-            start.wait()
+            start.wait(timeout=STUCK_S)
         began = time.perf_counter()
         for name, text in texts if timed else texts[:20]:
             evaluate(text, path=name, size_bytes=len(text), language="python", doc_type="code", identity=None)
