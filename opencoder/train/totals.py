@@ -33,9 +33,8 @@ class Totals:
         assert groups is not None
         numbers = groups.flatten(0, 1).long()
         counted = (targets.reshape(-1, 1) != IGNORE) & (numbers >= 0)
-        places = torch.where(
-            counted, numbers, self.groups
-        ).flatten()  # the others to a place of their own: no device is waited for
+        # The others go to a place of their own: to leave them out would be to wait for the device.
+        places = torch.where(counted, numbers, self.groups).flatten()
         losses = statistics["token_losses"].double()[:, None].expand(numbers.shape).flatten()
         sums = self.values.new_zeros(2, self.groups + 1)
         sums.index_add_(1, places, torch.stack([losses, torch.ones_like(losses)]))

@@ -177,10 +177,10 @@ class Watchdog:
         with self._lock:
             try:
                 return self._settled(error)
-            except (
-                RuntimeError
-            ):  # nobody serves the board any more, so nothing can be settled: better told twice than never
-                return error
+            except RuntimeError:
+                return (
+                    error  # nobody serves the board any more, so nothing can be settled: better told twice than never
+                )
 
     def _settled(self, error: BaseException) -> BaseException:
         if isinstance(error, CommunicationError):
