@@ -64,6 +64,8 @@ CHECK=${CHECK:-1}
 for name in NNODES NPROC_PER_NODE; do whole_number "$name" 1; done
 for name in MAX_RESTARTS SHUTDOWN_TIMEOUT_S JOIN_TIMEOUT_S CHECK; do whole_number "$name" 0; done
 command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is no command: name an interpreter that has opencoder"
+"$PYTHON" -c 'from importlib.util import find_spec as found; raise SystemExit(not (found("torch") and found("opencoder")))' ||
+    fail "PYTHON=$PYTHON ($(command -v "$PYTHON")) has no opencoder: activate its environment, or name its interpreter"
 
 options=(--nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" --max-restarts "$MAX_RESTARTS"
     --shutdown-timeout "$SHUTDOWN_TIMEOUT_S")

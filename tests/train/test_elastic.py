@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,15 @@ from opencoder.train import __main__ as command
 from tests.train.test_run import TORCHRUN, config, losses, prefix, read_rows, same_checkpoints  # noqa: F401  a fixture
 
 LAUNCHER = Path(__file__).parents[2] / "examples" / "launch" / "torchrun.sh"
+# This interpreter: the one that `python` names may not have opencoder.
+ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "NPROC_PER_NODE": "2"}
 
 
 def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The launch script; `variables` beside the environment's."""
     return subprocess.run(
         [str(LAUNCHER), *arguments],
-        env=os.environ | variables,
+        env=ENVIRONMENT | variables,
         capture_output=True,
         text=True,
         check=False,
@@ -45,7 +48,7 @@ def test_a_killed_worker_is_started_again_and_nothing_differs(tmp_path: Path, pr
     undisturbed, killed = (config(tmp_path, prefix, name, train=steps) for name in ("undisturbed", "killed"))
     with subprocess.Popen(
         [LAUNCHER, undisturbed, "checkpoint.every=24"],
-        env=os.environ | {"NPROC_PER_NODE": "2", "MAX_RESTARTS": "0", "CHECK": "0"},
+        env=ENVIRONMENT | {"MAX_RESTARTS": "0", "CHECK": "0"},
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
@@ -86,7 +89,7 @@ def test_the_launch_script_saves_at_ctrl_c(tmp_path: Path, prefix: Path) -> None
     path = config(tmp_path, prefix, train={"steps": 2000}, checkpoint={"every": 2000})
     with subprocess.Popen(
         [LAUNCHER, path],
-        env=os.environ | {"NPROC_PER_NODE": "2", "CHECK": "0"},
+        env=ENVIRONMENT | {"CHECK": "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -148,6 +151,15 @@ def test_the_launch_script_tells_its_variables() -> None:
     read = set(re.findall(r"\$\{?([A-Z][A-Z_]+)\b", LAUNCHER.read_text()))
     assert "RDZV_ENDPOINT" in read
     assert [name for name in sorted(read - {"SLURM_STEP_ID"}) if f"  {name}  " not in told] == []
+
+
+def test_an_interpreter_without_opencoder_is_refused_by_name(tmp_path: Path, prefix: Path) -> None:  # noqa: F811
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')  # without the packages of any environment
+    bare.chmod(0o755)
+    done = launch(str(config(tmp_path, prefix)), PYTHON=str(bare))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: PYTHON={bare} ({bare}) has no opencoder: activate")
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
