@@ -36,13 +36,76 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+class RebuildConfig(Branch):
+    """When the graph of neighbouring classes is made anew."""
+
+    first_step: int | None = Field(None, ge=0)
+    """Step after which the first one is made; until then the negatives are random. None: optim.warmup_steps."""
+    every: int | None = Field(None, ge=1)
+    """Steps between two; None: one pass over the training samples."""
+    probe_recall: float = Field(0.8, ge=0, le=1)
+    """Made earlier where the recall of the graph on a thousand rows, against the weights as they are, is below this."""
+    max_age: int | None = Field(None, ge=1)
+    """Steps after which a run with an older graph ends; None: no limit."""
+
+
 class HeadConfig(Branch):
-    """The output layer."""
+    """The output layer. All but `kind` and `chunk_tokens` is for kind class."""
 
     kind: Literal["vocab", "class"] = "vocab"
-    """vocab: next-token prediction, vocabulary split over tp. class: large label space (not available yet)."""
+    """vocab: next-token prediction, vocabulary split over tp. class: a label for each sample, of very many (not available yet)."""
     chunk_tokens: int = Field(512, ge=1)
     """Tokens whose logits exist at one time; the loss and its gradient are worked out chunk by chunk."""
+    classes: int | None = Field(None, ge=2)
+    """Rows N of the class matrix, which is split over ranks."""
+    dim: int | None = Field(None, ge=1)
+    """Width D of a row and of a feature; None: model.hidden_size, and no projection."""
+    class_group: Literal["tp", "dp_cp", "world"] = "dp_cp"
+    """Ranks that share the class matrix; the others hold copies of it."""
+    variant: Literal["plain", "cosine", "arcface", "cosface"] = "plain"
+    """Logits: x·w; scale·cos(x, w); with an angular margin (arXiv:1801.07698), or a cosine margin (arXiv:1801.09414), for the
+    target."""
+    scale: float = Field(30.0, gt=0)
+    """Of cosines."""
+    margin: float = Field(0.5, ge=0)
+    """Of arcface (radians) and cosface (cosine)."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    selection: Literal["full", "random", "knn"] = "full"
+    """Classes that a step scores: all, a random share, or the nearest of its labels and a random share."""
+    rho: float = Field(0.1, gt=0, le=1)
+    """Share of each rank's classes that a step scores, unless it has more labels than that."""
+    neighbours: int = Field(100, ge=1)
+    """Length K of the list of nearest classes of each class, itself included."""
+    candidate_ratio: float | None = Field(None, ge=1)
+    """Candidates K' kept of products in half precision before the ranking in fp32, over K; None: 1.25 in fp16, 1.5 in bf16, 1 in
+    fp32."""
+    uniform_mix: float = Field(0.2, ge=0, lt=1)
+    """Share of the scored classes that stays random."""
+    tail_correction: bool = False
+    """Weight the random classes for those that are not scored, so that the sum over all is estimated without bias."""
+    permute: bool = True
+    """Spread neighbouring class numbers over the ranks, once, at the start."""
+    rebuild: RebuildConfig = RebuildConfig()
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    """Of the class matrix, with the rate, momentum, betas, eps and decay of `optim`."""
+    row_update: Literal["lazy", "dense_equivalent"] = "lazy"
+    """lazy: a step touches scored rows alone. dense_equivalent: the others decay and move by momentum too."""
+    state_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of optimizer state, and of master rows where weights are shorter."""
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> HeadConfig:
+        if self.kind == "class" and self.classes is None:
+            raise ValueError("kind: class needs `classes`, the number of them")
+        defaults = type(self).model_fields
+        others = [
+            key
+            for key in defaults
+            if getattr(self, key) != defaults[key].default and key not in ("kind", "chunk_tokens")
+        ]
+        if self.kind == "vocab" and others:
+            raise ValueError(f"{', '.join(others)}: for kind class alone; set kind: class, or remove what is for it")
+        return self
 
 
 class ModelConfig(Branch):
