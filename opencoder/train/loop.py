@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from opencoder import kernels as K
 from opencoder.checkpoint.saver import Saver
@@ -23,6 +24,7 @@ from opencoder.optim.build import build_optimizer
 from opencoder.optim.schedule import lr_at
 from opencoder.parallel.mesh import Mesh
 
+from .class_data import ClassData
 from .data import TrainingData, validation_loader
 from .environment import DTYPES
 from .late import LAG, Late, on_device
@@ -35,7 +37,7 @@ from .signals import Asked, Signals
 from .skipping import Skipping
 from .stages import Stage
 from .state import restore, tensors_of
-from .step import TrainStep
+from .step import Runner, TrainStep
 from .telling import Done, Teller
 
 log = logging.getLogger("opencoder")
@@ -43,6 +45,8 @@ log = logging.getLogger("opencoder")
 
 class Trainer:
     """One run on this rank: builds or resumes it, steps, saves, evaluates."""
+
+    model: nn.Module
 
     def __init__(self, config: Config, mesh: Mesh, device: torch.device) -> None:
         self.config, self.mesh, self.device = config, mesh, device
@@ -52,33 +56,25 @@ class Trainer:
         self.dtype = DTYPES[config.train.precision]
         t = config.train
         self.model = self._build()
-        self.optimizer: Optimizer = build_optimizer(
-            named_parameters(self.model),
-            config.optim,
-            mesh,
-            sharded=config.parallel.sharded_optimizer,
-            modules=models_of(self.model),
-        )
+        self.optimizer: Optimizer = self._build_optimizer()
         self.saver = Saver(self.run_dir, config.checkpoint, mesh, timeout_s=t.timeout_s, say=self._say)
         self.save_wait_s = 0.0
         """Seconds that training has waited for checkpoints since the last row of metrics."""
         self.state = restore(config, self.model, self.optimizer, mesh, say=self._say)
         self.skipping = Skipping(config, self.state, mesh, device) if t.skip is not None else None
         self.lag = LAG[device.type]
-        runner = None
-        if isinstance(self.model, Chunks):
-            again = bool(set(t.recompute.modules) - OPERATORS)
-            runner = PipelineRunner(self.model, self.optimizer, mesh, config.parallel, device=device, recompute=again)
         self.train_step = TrainStep(
-            self.model, self.optimizer, mesh, device=device, runner=runner, guard=self._before_update
+            self.model, self.optimizer, mesh, device=device, runner=self._build_runner(), guard=self._before_update
         )
         self.total_steps = t.total_steps()
         self.stage: Stage | None = None
         self.data = self._open_data()
-        self.validation = validation_loader(config, mesh, pin_memory=device.type == "cuda")
-        self.parameters = parameter_count(config.model)
+        self.validation = self._open_validation()
+        self.parameters = self._count_parameters()
 
-    def _build(self) -> Decoder | Chunks:
+    # What ClassTrainer has of its own (class_loop.py).
+
+    def _build(self) -> nn.Module:
         """The model, or the stages of it that this rank holds."""
         c = self.config
 
@@ -99,7 +95,27 @@ class Trainer:
             return build()
         return build_chunks(c.model, c.parallel, self.mesh, seq_len=c.data.seq_len, build=build)
 
-    def _open_data(self) -> TrainingData:
+    def _build_optimizer(self) -> Optimizer:
+        c = self.config
+        assert isinstance(self.model, Decoder | Chunks), type(self.model)
+        modules, sharded = models_of(self.model), c.parallel.sharded_optimizer
+        return build_optimizer(named_parameters(self.model), c.optim, self.mesh, sharded=sharded, modules=modules)
+
+    def _build_runner(self) -> Runner | None:
+        """None: micro-batches one after another through the whole model."""
+        if not isinstance(self.model, Chunks):
+            return None
+        c = self.config
+        again = bool(set(c.train.recompute.modules) - OPERATORS)
+        return PipelineRunner(self.model, self.optimizer, self.mesh, c.parallel, device=self.device, recompute=again)
+
+    def _open_validation(self) -> BatchLoader | None:
+        return validation_loader(self.config, self.mesh, pin_memory=self.device.type == "cuda")
+
+    def _count_parameters(self) -> int:
+        return parameter_count(self.config.model)
+
+    def _open_data(self) -> TrainingData | ClassData:
         """What is to be read from the step where the run stands."""
         state, pin_memory = self.state, self.device.type == "cuda"
         return TrainingData(self.config, state.stages, self.mesh, step=state.step, pin_memory=pin_memory)

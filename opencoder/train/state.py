@@ -20,8 +20,8 @@ from opencoder.optim.base import Optimizer
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import placement_of
 
-from .data import consumed_samples, plan_stages
-from .stages import Stage
+from .data import plan_stages
+from .stages import Stage, consumed_samples
 
 
 @dataclass
