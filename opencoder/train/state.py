@@ -123,6 +123,7 @@ def restore(
     saved = native.read_state(found)
     step = saved["step"]
     stages = plan_stages(config, saved["stages"], step=step, before=native.read_config(found), fork=not own)
+    _check_classes(config, native.read_config(found), found)
     native.load_tensors(found, tensors_of(model, optimizer), mesh, checked=True)
     optimizer.set_step_count(step)
     rewinds = mesh.world.gather_objects(rewinds_of(run_dir) if own and mesh.world.rank == 0 else [])[0]
@@ -141,6 +142,17 @@ def restore(
         guard=saved.get("guard"),
         blends=saved.get("blends", []),
     )
+
+
+def _check_classes(config: Config, before: Config, folder: Path) -> None:
+    """Rows of another number of classes are no rows of these. Raises ConfigError."""
+    now, then = config.model.head, before.model.head
+    for key in ("kind", "classes", "dim"):
+        if getattr(now, key) != getattr(then, key):
+            raise ConfigError(
+                f"model.head.{key}={getattr(now, key)}, but checkpoint {folder} was written with {getattr(then, key)}: keep that, or "
+                "start a new run_dir"
+            )
 
 
 def _asked_out(config: Config) -> list[int]:
