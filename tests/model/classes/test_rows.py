@@ -26,7 +26,7 @@ def _several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def optimizer(name: str, dtype: torch.dtype = torch.float32, **keys: Any) -> RowOptimizer:
     torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(300, 8).to(dtype))
+    weight = torch.nn.Parameter(torch.randn(300, 8).to(dtype) * 0.1)
     return RowOptimizer(weight, config(optimizer=name, **keys), OPTIM)
 
 
