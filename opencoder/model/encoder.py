@@ -73,7 +73,41 @@ def _whole_linear(d_in: int, d_out: int) -> nn.Linear:
     return linear
 
 
-class Encoder(nn.Module):
+class FeatureModel(nn.Module):
+    """From samples to features: an encoder without its head."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh | None = None,
+        *,
+        recompute: str | RecomputeConfig = "none",
+        parallel: ParallelConfig | None = None,
+    ) -> None:
+        super().__init__()
+        mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
+        self.config = config
+        self.trunk: TokenTrunk | FeatureTrunk
+        if config.encoder.input == "tokens":
+            self.trunk = TokenTrunk(config, mesh, recompute=recompute, parallel=parallel)
+        else:
+            self.trunk = FeatureTrunk(config, mesh, overlap=parallel.overlap is not False)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.dim = config.head.dim or config.hidden_size
+        """Width D of a feature."""
+        self.projection = _whole_linear(config.hidden_size, self.dim) if config.head.dim is not None else None
+
+    def features(self, inputs: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Ids (B, S) of which the first `lengths` (B,) of each sample count, None: all; or numbers (B, W). → (B, D).
+
+        What is beyond a sample's length changes nothing: attention is causal, and it is not pooled."""
+        hidden = self.norm(self.trunk(inputs))[0]
+        if hidden.dim() == 3:
+            hidden = pooled(hidden, lengths, self.config.encoder.pool)
+        return hidden if self.projection is None else self.projection(hidden)
+
+
+class Encoder(FeatureModel):
     """`features` of samples, and the loss of their labels. Build it under `torch.device("meta")` to look at sizes."""
 
     def __init__(
@@ -87,27 +121,8 @@ class Encoder(nn.Module):
         parallel: ParallelConfig | None = None,
     ) -> None:
         """`optim`: for the rows of the class matrix, which the head updates itself; `seed`: of the classes that it draws."""
-        super().__init__()
-        mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
-        self.config = config
-        self.trunk: TokenTrunk | FeatureTrunk
-        if config.encoder.input == "tokens":
-            self.trunk = TokenTrunk(config, mesh, recompute=recompute, parallel=parallel)
-        else:
-            self.trunk = FeatureTrunk(config, mesh, overlap=parallel.overlap is not False)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        dim = config.head.dim or config.hidden_size
-        self.projection = _whole_linear(config.hidden_size, dim) if config.head.dim is not None else None
-        self.lm_head = ClassHead(config.head, mesh, dim=dim, optim=optim, key=HEAD_KEY, seed=seed)
-
-    def features(self, inputs: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """Ids (B, S) of which the first `lengths` (B,) of each sample count, None: all; or numbers (B, W). → (B, D).
-
-        What is beyond a sample's length changes nothing: attention is causal, and it is not pooled."""
-        hidden = self.norm(self.trunk(inputs))[0]
-        if hidden.dim() == 3:
-            hidden = pooled(hidden, lengths, self.config.encoder.pool)
-        return hidden if self.projection is None else self.projection(hidden)
+        super().__init__(config, mesh, recompute=recompute, parallel=parallel)
+        self.lm_head = ClassHead(config.head, mesh or Mesh(), dim=self.dim, optim=optim, key=HEAD_KEY, seed=seed)
 
     def loss(
         self, inputs: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor | None = None
