@@ -121,6 +121,21 @@ def test_a_skipped_update_changes_nothing(name: str, keys: dict[str, Any], dtype
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_device_need_not_be_asked_whether_to_skip(name: str, dtype: torch.dtype, skip: bool) -> None:
+    """What is done on a GPU, where `skip` and the clip factor are tensors that the host does not read."""
+    rows, other = optimizer(name, dtype), optimizer(name, dtype)
+    chosen, g = drawn(0, rows)
+    assert chosen.ids is not None
+    rows.steps = 1
+    rows._update(chosen.ids, g, 0.1, torch.tensor(0.5), torch.tensor(skip))
+    other.step(ScoredRows(other.weight, chosen.ids), g, lr=0.1, clip=0.5, skip=torch.tensor(skip))
+    for key, tensor in {"weight": rows.weight, **rows.state}.items():
+        assert distance(tensor, {"weight": other.weight, **other.state}[key]) <= (0 if skip else 1e-6), key
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_bf16_weights_follow_master_rows_in_fp32(name: str) -> None:
     narrow, wide = optimizer(name, torch.bfloat16), optimizer(name)
     with torch.no_grad():
