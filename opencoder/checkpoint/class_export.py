@@ -30,6 +30,7 @@ from opencoder.console import ProgressBar
 from opencoder.errors import DataError, UserError
 from opencoder.files import replace_directory, temporary_name, write_json, write_text
 from opencoder.model.classes.partition import Partition
+from opencoder.model.classes.permutation import Permutation
 from opencoder.model.classes.variants import Variant, directions
 from opencoder.model.decoder import named_parameters
 from opencoder.model.encoder import HEAD_KEY, FeatureModel
@@ -72,18 +73,30 @@ def _write(folder: Path, config: Config, output: Path, shard_bytes: int) -> dict
     classes, dim = metadata[HEAD_KEY].size
     dtype = metadata[HEAD_KEY].properties.dtype
     _write_encoder(folder, config, output, metadata)
+    state = native.read_state(folder)
+    order = state.get("head", {}).get("order")
     stored = torch.float32 if dtype == torch.float64 else dtype
     shards = Partition(classes, min(classes, -(-classes * dim * stored.itemsize // shard_bytes)))
-    with ProgressBar("export", total=shards.parts, unit="files") as bar, open(output / MATRIX, "wb") as matrix:
-        index = []
-        for shard, rows in enumerate(_blocks(folder, shards, (classes, dim), dtype)):
+    matrix = np.memmap(output / MATRIX, np.float32, "w+", shape=(classes, dim))
+    index = []
+    with ProgressBar("export", total=2 * shards.parts, unit="blocks") as bar:
+        for first, rows in _blocks(folder, shards, (classes, dim), dtype):
+            numbers = torch.arange(first, first + len(rows))
+            if order is not None:
+                numbers = Permutation(**order).labels_of(numbers)
+            matrix[numbers.numpy()] = rows.float().numpy()
+            bar.advance()
+        for shard in range(shards.parts):
             name = "classes.safetensors"
             if shards.parts > 1:
                 name = f"classes-{shard + 1:05d}-of-{shards.parts:05d}.safetensors"
+            here = slice(shards.start(shard), shards.start(shard + 1))
+            rows = torch.from_numpy(np.array(matrix[here]))
             save_file({HEAD_KEY: rows.to(stored)}, output / name)
-            index.append({"file": name, "first": shards.start(shard), "classes": shards.size(shard)})
-            matrix.write(_as_scored(rows, config).numpy().data)
+            index.append({"file": name, "first": here.start, "classes": len(rows)})
+            matrix[here] = _as_scored(rows, config).numpy()
             bar.advance()
+    matrix.flush()
     write_json(output / "classes.index.json", {"key": HEAD_KEY, "files": index})
     write_text(output / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     if (folder / "tokenizer").is_dir():
@@ -102,7 +115,7 @@ def _write(folder: Path, config: Config, output: Path, shard_bytes: int) -> dict
             "metric": "inner product",
         },
         "scale": head.scale if cosine else 1.0,
-        "step": native.read_state(folder)["step"],
+        "step": state["step"],
     }
     write_json(output / DESCRIPTION, facts)
     return facts
@@ -118,14 +131,16 @@ def _write_encoder(folder: Path, config: Config, output: Path, metadata: dict[st
     save_file(tensors, output / "encoder.safetensors")
 
 
-def _blocks(folder: Path, shards: Partition, shape: tuple[int, int], dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Rows of each part, in the order of classes."""
+def _blocks(
+    folder: Path, shards: Partition, shape: tuple[int, int], dtype: torch.dtype
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Number of the first row, and the rows, of each part."""
     for shard in range(shards.parts):
         rows = torch.empty(shards.size(shard), shape[1], dtype=dtype)
         # A rank of as many as there are shards would hold just these rows.
         mesh = Mesh(dp_cp=Group(shards.parts, shard, name="dp_cp"))
         native.load_tensors(folder, {HEAD_KEY: (rows, Placement(shape, 0, "dp_cp", (), ()))}, mesh, checked=True)
-        yield rows
+        yield shards.start(shard), rows
 
 
 def _as_scored(rows: torch.Tensor, config: Config) -> torch.Tensor:

@@ -4,6 +4,8 @@ B samples, S tokens, M width of the layers, W numbers that come in, D width of a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -13,6 +15,7 @@ from opencoder.parallel.placement import place, placement_of, replicated
 
 from .attend import Documents
 from .classes.head import ClassHead
+from .classes.permutation import Permutation
 from .decoder import MLP, Decoder, How, Part, RMSNorm
 from .initialise import initialise
 
@@ -120,15 +123,38 @@ class Encoder(FeatureModel):
         recompute: str | RecomputeConfig = "none",
         parallel: ParallelConfig | None = None,
     ) -> None:
-        """`optim`: for the rows of the class matrix, which the head updates itself; `seed`: of the classes that it draws."""
+        """`optim`: for the rows of the class matrix, which the head updates itself; `seed`: of the classes that it draws and of
+        their order."""
         super().__init__(config, mesh, recompute=recompute, parallel=parallel)
-        self.lm_head = ClassHead(config.head, mesh or Mesh(), dim=self.dim, optim=optim, key=HEAD_KEY, seed=seed)
+        head = config.head
+        self.lm_head = ClassHead(head, mesh or Mesh(), dim=self.dim, optim=optim, key=HEAD_KEY, seed=seed)
+        assert head.classes is not None
+        self.order = Permutation(head.classes, seed) if head.permute else None
+        """From classes to rows of the class matrix; None: they are the same. Kept in checkpoints."""
+
+    def begin_step(self, labels_of_all_micro_batches: Iterable[torch.Tensor]) -> torch.Tensor:
+        """What ClassHead.begin_step says, with class numbers as labels."""
+        return self.lm_head.begin_step(self._rows_of(labels) for labels in labels_of_all_micro_batches)
 
     def loss(
         self, inputs: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Sum of the losses of this rank's samples, 0-dim, and statistics; labels (B,), −100 = ignored."""
-        return self.lm_head.loss(self.features(inputs, lengths), labels)
+        return self.loss_of_features(self.features(inputs, lengths), labels)
+
+    def loss_of_features(
+        self, features: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The same from features (B, D)."""
+        return self.lm_head.loss(features, self._rows_of(labels))
+
+    def topk(self, features: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """features (B, D) → the k largest logits over all classes (B, k), fp32, and their classes; of equal ones the smaller class
+        comes first. Called by all ranks."""
+        return self.lm_head.logits_topk(features, k, class_of=self.order.labels_of if self.order is not None else None)
+
+    def _rows_of(self, labels: torch.Tensor) -> torch.Tensor:
+        return labels if self.order is None else self.order.rows_of(labels)
 
 
 def pooled(hidden: torch.Tensor, lengths: torch.Tensor | None, pool: str) -> torch.Tensor:

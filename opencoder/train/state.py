@@ -51,6 +51,10 @@ class RunState:
     """What the guard remembers, as of the newest checkpoint."""
     blends: list[dict[str, Any]] = field(default_factory=list)
     """What each begun stage has read of its datasets (train/data.py: account), as of the newest checkpoint."""
+    head: dict[str, Any] | None = None
+    """What a class head remembers beside tensors (train/class_loop.py), as of the newest checkpoint."""
+    source: Path | None = None
+    """The checkpoint that the state was read from. Not saved."""
 
     def skipped_in_a_row(self, step: int) -> int:
         """Steps up to `step`, the newest that is known of, whose update was left out."""
@@ -75,6 +79,7 @@ class RunState:
             "rewinds": self.rewinds,
             "guard": self.guard,
             "forked_from": self.forked_from,
+            **({"head": self.head} if self.head is not None else {}),
         }
 
 
@@ -141,6 +146,8 @@ def restore(
         rewinds=max(saved.get("rewinds", 0), len(rewinds)),
         guard=saved.get("guard"),
         blends=saved.get("blends", []),
+        head=saved.get("head"),
+        source=found,
     )
 
 

@@ -47,7 +47,9 @@ def test_what_is_found_is_what_the_run_ranks_first(
     assert (facts["classes"], facts["dim"], facts["step"]) == (CLASSES, 16, 2)
     trainer = trainer_of(given)
     model = trainer.model.eval()
-    weight = model.lm_head.weight.detach()
+    order = trainer.model.order
+    assert order is not None
+    weight = model.lm_head.weight.detach()[order.rows_of(torch.arange(CLASSES))]
     # the shards hold the rows as trained, in order; the mapped file holds them as logits take them
     index = json.loads((tmp_path / "out" / "classes.index.json").read_text())["files"]
     assert [(each["first"], each["classes"]) for each in index] == [(0, 35), (35, 34), (69, 34)]
@@ -68,7 +70,7 @@ def test_what_is_found_is_what_the_run_ranks_first(
         lengths = torch.tensor([len(each) for each in ids])
         inputs = torch.tensor([each + [0] * (8 - len(each)) for each in ids])
     with torch.no_grad():
-        logits, classes = model.lm_head.logits_topk(model.features(inputs, lengths), 7)
+        logits, classes = model.topk(model.features(inputs, lengths), 7)
     values, got = found.search(queries, 7)
     assert torch.equal(got, classes)
     assert torch.allclose(values, logits, rtol=1e-5, atol=1e-6)
