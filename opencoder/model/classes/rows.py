@@ -48,6 +48,7 @@ class RowOptimizer:
         self.weight, self.config, self.optim = weight, config, optim
         self.steps = 0
         """Updates the state has seen."""
+        self._rooms: dict[str, torch.Tensor] = {}
         narrow_state = config.state_dtype != "fp32"
         dtype = _TYPES[config.state_dtype] if narrow_state else wide(weight.dtype)
         self.state = {name: torch.zeros_like(weight, dtype=dtype) for name in STATE_NAMES[config.optimizer]}
@@ -109,7 +110,7 @@ class RowOptimizer:
     ) -> None:
         """Rows `index` in wide copies (views where they are wide and consecutive), updated and put back."""
         stored = {"weight": self.weight.detach(), **self.state}
-        held = {name: _taken(tensor, index) for name, tensor in stored.items()}
+        held = {name: self._taken(name, tensor, index) for name, tensor in stored.items()}
         main = "master" if "master" in stored else "weight"
         works = {name: tensor.to(g.dtype) for name, tensor in held.items() if main == name or name != "weight"}
         if self.config.optimizer == "adamw":
@@ -127,7 +128,7 @@ class RowOptimizer:
             if isinstance(index, slice):
                 tensor[index] = made
             else:
-                tensor.index_copy_(0, index, made)
+                _put(tensor, index, made)
 
     def _adamw(
         self,
@@ -173,6 +174,18 @@ class RowOptimizer:
         if "master" in self.state:
             self.state["master"].copy_(self.weight.detach())
 
+    def _taken(self, name: str, tensor: torch.Tensor, index: slice | torch.Tensor) -> torch.Tensor:
+        """Rows of it: a view, or a copy in one room for all chunks, whose pages are there already."""
+        if isinstance(index, slice):
+            return tensor[index]
+        n = index.shape[0]
+        if name not in self._rooms or self._rooms[name].shape[0] < n:
+            self._rooms[name] = tensor.new_empty(n, tensor.shape[1])
+        return torch.index_select(tensor, 0, index, out=self._rooms[name][:n])
 
-def _taken(tensor: torch.Tensor, index: slice | torch.Tensor) -> torch.Tensor:
-    return tensor[index] if isinstance(index, slice) else tensor.index_select(0, index)
+
+def _put(tensor: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
+    """tensor[index] = rows. On the CPU index_copy_ moves element by element, so in 16-byte elements where they fit."""
+    if tensor.device.type == "cpu" and tensor.shape[1] * tensor.element_size() % 16 == 0:
+        tensor, rows = tensor.view(torch.complex128), rows.view(torch.complex128)
+    tensor.index_copy_(0, index, rows)

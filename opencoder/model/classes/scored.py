@@ -52,6 +52,7 @@ class ScoredRows:
     """Classes scored on all ranks; None: those of `ids`."""
     cosine: bool = False
     """Rows are brought to length 1."""
+    _rooms: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -76,17 +77,26 @@ class ScoredRows:
         return torch.cat(parts)
 
     def raw(self, begin: int, end: int) -> torch.Tensor:
-        """Rows at these places as they are stored, (end − begin, D): a view where all are scored, a copy otherwise."""
+        """Rows at these places as they are stored, (end − begin, D): a view where all are scored, otherwise a copy that lasts
+        until the next call."""
         weight = self.weight.detach()
-        return weight[begin:end] if self.ids is None else weight.index_select(0, self.ids[begin:end])
+        if self.ids is None:
+            return weight[begin:end]
+        return torch.index_select(weight, 0, self.ids[begin:end], out=self._room(weight.dtype, end - begin))
 
     def rows(self, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows at these places as logits are made of them, (end − begin, D)."""
+        """Rows at these places as logits are made of them, (end − begin, D); they last until the next call."""
         rows = self.raw(begin, end)
-        if self.cosine:
-            rows = rows.to(wide(rows.dtype))
-            rows = rows * self.inverse_norms[begin:end]
-        return rows.to(dtype)
+        if not self.cosine:
+            return rows.to(dtype)
+        room = self._room(wide(rows.dtype), end - begin)
+        return torch.mul(rows, self.inverse_norms[begin:end], out=room).to(dtype)
+
+    def _room(self, dtype: torch.dtype, n: int) -> torch.Tensor:
+        """(n, D) of one buffer: new pages for each chunk would cost more than what is done with them."""
+        if dtype not in self._rooms or self._rooms[dtype].shape[0] < n:
+            self._rooms[dtype] = torch.empty(n, self.weight.shape[1], dtype=dtype, device=self.weight.device)
+        return self._rooms[dtype][:n]
 
     def places(self, local: torch.Tensor) -> torch.Tensor:
         """Local ids (B,) → the place of each among the scored rows, −1 where it is none of them."""
