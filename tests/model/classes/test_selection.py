@@ -151,15 +151,15 @@ def test_29_without_a_graph_only_labels_are_chosen_by_priority() -> None:
 
 
 def test_random_rows_are_uniform() -> None:
-    """4,000 draws of 5 rows out of 50, beside one label: each row a binomial variable."""
+    """2,000 draws of 5 rows out of 50, beside one label: each row a binomial variable."""
     counts = torch.zeros(PARTITION.size(3))
-    for step in range(4000):
+    for step in range(2000):
         selection = select_rows(torch.tensor([CLASSES - 1]), PARTITION, 3, rho=0.12, seed=0, step=step)
         counts[selection.rows] += 1
-    assert counts[-1] == 4000
+    assert counts[-1] == 2000
     share = 5 / (PARTITION.size(3) - 1)
-    deviation = (4000 * share * (1 - share)) ** 0.5
-    assert ((counts[:-1] - 4000 * share).abs() < 4.5 * deviation).all()
+    deviation = (2000 * share * (1 - share)) ** 0.5
+    assert ((counts[:-1] - 2000 * share).abs() < 4.5 * deviation).all()
 
 
 def test_the_weight_of_a_random_row_is_what_it_stands_for() -> None:
