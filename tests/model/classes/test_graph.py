@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from opencoder import kernels as K
 from opencoder.errors import ConfigError, Failure
 from opencoder.model.classes.columns import ColumnGraph
 from opencoder.model.classes.graph import build_graph
@@ -65,7 +66,7 @@ def over_ranks(
     return found
 
 
-@pytest.mark.parametrize("classes", [2003, pytest.param(20_001, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("classes", [1003, pytest.param(20_001, marks=pytest.mark.slow)])
 def test_11_and_13_the_ring_finds_the_nearest_for_any_number_of_ranks(classes: int) -> None:
     weight = matrix(classes)
     truth = brute_force(weight, NEIGHBOURS)
@@ -75,6 +76,15 @@ def test_11_and_13_the_ring_finds_the_nearest_for_any_number_of_ranks(classes: i
         print(f"{classes} classes, {size} ranks, {dtype}: recall {share}")
         assert share >= (0.9999 if dtype == "bf16" else 1.0), (dtype, size)
         assert torch.equal(lists, found["fp32", 1]), (dtype, size)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("fp32", 1.0), ("fp16", 1.0), ("bf16", 0.9999)])
+@pytest.mark.parametrize("classes", [1003, pytest.param(20_001, marks=pytest.mark.slow)])
+def test_11_candidates_cut_by_number_as_on_a_gpu_hold_the_nearest(dtype: str, least: float, classes: int) -> None:
+    weight = matrix(classes)
+    with K.use(merge_nearest="torch"):
+        lists = build(0, 1, weight, dtype)
+    assert recall(lists, brute_force(weight, NEIGHBOURS)) >= least
 
 
 def test_12_self_is_first_also_among_equal_and_empty_rows_and_ties_go_to_the_smaller_id() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from opencoder.errors import Failure
 from opencoder.model.classes import rebuild
+from opencoder.model.classes.columns import ColumnGraph
 from opencoder.model.classes.partition import Partition
 from opencoder.model.classes.rebuild import BuildOptions, GraphKeeper, Schedule, background_group
 from opencoder.model.classes.selection import select_rows
@@ -113,16 +114,18 @@ def test_a_stored_graph_goes_on_over_another_number_of_ranks() -> None:
 
 
 def swapped(rank: int, size: int, weight: torch.Tensor) -> tuple[int, bool, bool, torch.Tensor]:
-    """Rank 1 builds slowly, rank 0 is slow between steps."""
+    """Rank 1 is done long after rank 0, which is slow between steps."""
     world = world_group(Records())
     keeper = keeper_of(size, world, Schedule(first_step=3, every=1000), background_group(world, world, timeout_s=20))
-    build = rebuild.build_graph
 
-    def slow(*args: Any, **kwargs: Any) -> torch.Tensor:
-        time.sleep(0.3 * rank)
-        return build(*args, **kwargs)
+    class Slow:
+        @staticmethod
+        def from_rows(*args: Any) -> ColumnGraph:
+            columns = ColumnGraph.from_rows(*args)
+            time.sleep(0.3 * rank)
+            return columns
 
-    rebuild.build_graph = slow
+    rebuild.ColumnGraph = Slow  # type: ignore[misc, assignment]
     own, labels, partition = shard(weight, rank, size), torch.arange(0, CLASSES, 9), Partition(CLASSES, size)
     options: dict[str, Any] = {"rho": 0.4, "seed": 1}
     as_random = differs = False
