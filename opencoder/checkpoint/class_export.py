@@ -92,7 +92,7 @@ def _write(folder: Path, config: Config, output: Path, shard_bytes: int) -> dict
                 name = f"classes-{shard + 1:05d}-of-{shards.parts:05d}.safetensors"
             here = slice(shards.start(shard), shards.start(shard + 1))
             rows = torch.from_numpy(np.array(matrix[here]))
-            save_file({HEAD_KEY: rows.to(stored)}, output / name)
+            _save({HEAD_KEY: rows.to(stored)}, output / name)
             index.append({"file": name, "first": here.start, "classes": len(rows)})
             matrix[here] = _as_scored(rows, config).numpy()
             bar.advance()
@@ -128,7 +128,14 @@ def _write_encoder(folder: Path, config: Config, output: Path, metadata: dict[st
         raise DataError(f"checkpoint {folder} has no tensor {absent[0]}: its config.yaml describes another model")
     tensors = {key: torch.empty(shape, dtype=metadata[key].properties.dtype) for key, shape in shapes.items()}
     native.load_whole(folder, tensors)
-    save_file(tensors, output / "encoder.safetensors")
+    _save(tensors, output / "encoder.safetensors")
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path)
+    path.chmod(mode)  # save_file lets nobody else read it
 
 
 def _blocks(
