@@ -12,7 +12,7 @@ import torch
 
 from .variants import SMALLEST_NORM
 
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 """Logits worked on at a time: what stays in a core's second cache; on a GPU, what bounds the copies beside them."""
 
 
@@ -86,11 +86,11 @@ class ScoredRows:
 
     def rows(self, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
         """Rows at these places as logits are made of them, (end − begin, D); they last until the next call."""
-        rows = self.raw(begin, end)
         if not self.cosine:
-            return rows.to(dtype)
-        room = self._room(wide(rows.dtype), end - begin)
-        return torch.mul(rows, self.inverse_norms[begin:end], out=room).to(dtype)
+            return self.raw(begin, end).to(dtype)
+        inverse = self.inverse_norms[begin:end]  # before raw(): it may make them, and asks for rows itself
+        rows = self.raw(begin, end)
+        return torch.mul(rows, inverse, out=self._room(wide(rows.dtype), end - begin)).to(dtype)
 
     def _room(self, dtype: torch.dtype, n: int) -> torch.Tensor:
         """(n, D) of one buffer: new pages for each chunk would cost more than what is done with them."""
@@ -137,8 +137,8 @@ class RowGradient:
         if self.rows.cosine and not self.finished:
             for begin, end in self.rows.chunks(self.values.shape[1]):
                 g = self.values[begin:end]
-                rows = self.rows.raw(begin, end).to(g.dtype)
                 inverse = self.rows.inverse_norms[begin:end]
+                rows = self.rows.raw(begin, end).to(g.dtype)
                 rows = rows * inverse
                 g.sub_(rows * (rows * g).sum(1, keepdim=True)).mul_(inverse)
         self.finished = True
