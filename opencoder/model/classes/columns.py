@@ -45,8 +45,8 @@ class ColumnGraph:
         position = (order % neighbours).to(place)
         local = lists.flatten()[order].int()
         del order  # 8 bytes for each edge
-        lengths = torch.zeros(rows, group.size, dtype=torch.int32, device=lists.device)
-        lengths.scatter_add_(1, owner.long(), torch.ones_like(owner))
+        owner += torch.arange(0, rows * group.size, group.size, dtype=torch.int32, device=lists.device)[:, None]
+        lengths = torch.bincount(owner.flatten(), minlength=rows * group.size).view(rows, -1).int()
         edges = lengths.sum(0).tolist()
         for part, start in zip(local.split(edges), starts, strict=True):
             part -= start

@@ -232,6 +232,7 @@ class _Build:
         snapshot = weight.detach().clone()
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # the copy is there before another stream reads it
+        group.records.step = self.step  # for messages
         # A daemon: a rank that ends with an error does not wait for it.
         self._thread = threading.Thread(target=self._in_thread, args=(snapshot, group), name="class graph", daemon=True)
         self._thread.start()
