@@ -64,7 +64,7 @@ class Evaluation(NamedTuple):
     """Means over the evaluated samples, the same on every rank."""
 
     loss: float
-    """Over all classes, whatever a training step scores."""
+    """Over all classes, whatever a training step scores, with the margin if there is one."""
     top1: float
     """Share of samples whose label has the highest logit; of equal ones the smaller class counts as higher."""
     top5: float
