@@ -166,11 +166,12 @@ def counted(rank: int, world: int, given: dict[str, Any], ties: bool) -> tuple[A
 
 
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize(("world", "permute"), [(1, True), (2, False), (4, True)])
+@pytest.mark.parametrize(("world", "tp", "permute"), [(1, 1, True), (2, 1, False), (4, 1, True), (4, 2, True)])
 def test_49_top1_and_top5_equal_a_gathered_reference(
-    world: int, permute: bool, ties: bool, folder: Path, tmp_path: Path
+    world: int, tp: int, permute: bool, ties: bool, folder: Path, tmp_path: Path
 ) -> None:
-    given = tree(folder, str(tmp_path / "r"), features=True, head={"permute": permute})
+    head = {"permute": permute, "class_group": "tp" if tp > 1 else "dp_cp"}
+    given = tree(folder, str(tmp_path / "r"), features=True, head=head, parallel={"tp": tp})
     given["data"]["validation"] = str(folder / "features")
     given["train"] |= {"eval_every": 1000, "eval_samples": 101}
     for evaluation, (loss, first, five), samples in run_ranks(counted, world, given, ties):
