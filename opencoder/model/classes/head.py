@@ -19,7 +19,7 @@ from opencoder.parallel.placement import Placement, place
 
 from . import probe
 from .partition import Partition
-from .rows import RowOptimizer
+from .rows import RowOptimizer, check_state
 from .scored import RowGradient, ScoredRows, Scratch
 from .selection import Selection, quota_of, select_rows
 from .softmax import Groups, Scoring, sharded_softmax
@@ -66,6 +66,7 @@ class ClassHead(nn.Module):
         super().__init__()
         if config.classes is None:
             raise ValueError("ClassHead: config.classes is not set: give the number of classes")
+        check_state(config, optim)
         self.config, self.mesh, self.optim, self.key, self.seed = config, mesh, optim, key, seed
         self.groups = groups_of(mesh, config.class_group)
         self.data = mesh.group(("dp", "cp"))
@@ -170,8 +171,8 @@ class ClassHead(nn.Module):
         """features (b, D), labels (b,) → sum of losses over this rank's samples (0-dim), statistics without gradients: `tokens`,
         valid samples; `token_losses` (b,), 0 where ignored; `z_loss`, 0.
 
-        In training over the classes that `begin_step` selected; in evaluation over all of them, without gradients. The sum must be
-        multiplied by the same factor on all ranks before its backward pass."""
+        In training over the classes that `begin_step` selected; in evaluation over all of them, without gradients; margins
+        count in both. The sum must be multiplied by the same factor on all ranks before its backward pass."""
         self._check_features(features, labels)
         training = self.training and torch.is_grad_enabled()
         rows, gradient = (self._rows, self._gradient) if training else (self._all_rows(), None)
