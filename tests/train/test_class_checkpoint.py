@@ -66,15 +66,15 @@ def test_48_logits_are_identical_on_other_rank_counts_and_training_goes_on(
     assert not at_4.isnan().any()
     assert all(torch.equal(at_4, other) for other in others)
     rows = read_rows(Path(saved["run_dir"]) / "metrics.jsonl")
-    for world in (2, 3, 1):
+    for world in (2, 3):
         found = run_ranks(all_logits, world, saved)
         assert all(torch.equal(at_4, logits) for logits in found), world
         # the batch of 24 divides by 2·world
         longer = {**saved, "run_dir": str(tmp_path / str(world)), "checkpoint": {"fork": saved["run_dir"]}}
-        longer["train"] = {**saved["train"], "steps": 14}
+        longer["train"] = {**saved["train"], "steps": 10}
         run_ranks(run, world, longer)
         after = read_rows(tmp_path / str(world) / "metrics.jsonl")
-        assert [row["step"] for row in after] == list(range(7, 15))
+        assert [row["step"] for row in after] == list(range(7, 11))
         assert after[-1]["loss"] < rows[0]["loss"]
 
 
