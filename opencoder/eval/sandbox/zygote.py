@@ -45,7 +45,6 @@ class Zygote:
         self.link = link
         self.namespaces: bool = setup["isolation"] == "namespaces"
         self.privileged = os.geteuid() == 0 and not setup.get("in_user_namespace", False)
-        self.notes: list[str] = []
         self.filter = b""
         self.runs: dict[int, Run] = {}
         """By the pidfd of the tree's first process."""
@@ -195,11 +194,12 @@ def confine(zygote: Zygote, limits: Limits) -> None:
         size = limits.disk_mib * MIB
         kernel.mount("tmpfs", "/tmp", "tmpfs", flags, f"size={size},nr_inodes=4096,mode=1777")
         kernel.mount("tmpfs", "/dev/shm", "tmpfs", flags, f"size={size // 4},nr_inodes=256,mode=1777")
-        if "proc" not in zygote.notes:
-            kernel.mount("proc", "/proc", "proc", flags | kernel.MS_NOEXEC)
+        kernel.mount("proc", "/proc", "proc", flags | kernel.MS_NOEXEC)
         os.chdir("/tmp")
     else:
         os.setsid()
+        if zygote.privileged:
+            become_nobody()
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     if zygote.namespaces:
         kernel.drop_capabilities()
@@ -208,10 +208,31 @@ def confine(zygote: Zygote, limits: Limits) -> None:
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
 
 
+def become_nobody() -> None:
+    """Give up root for good."""
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def check_library() -> None:
+    """Raises OSError unless nobody can import from the standard library: in the weaker mode root's programs run so, and an import
+    that fails would count against them."""
+    pid = os.fork()
+    if pid == 0:
+        become_nobody()
+        os._exit(0 if os.access(os.__file__, os.R_OK) else 1)
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
+        raise OSError(
+            errno.EACCES,
+            f"{os.__file__} is closed to the user that programs run as: choose an interpreter outside private folders",
+        )
+
+
 def _run_program(kind: str, limits: Limits, fds: list[int], status: int) -> list[int]:
     """Exit codes as os.waitstatus_to_exitcode has them: of the interpreter, or of each step up to the first that fails."""
     if kind != "exec":
-        return [_fork_and_wait(lambda: _interpret(kind, fds), limits, status)]
+        return [_fork_and_wait(lambda: _interpret(kind, fds), limits, status, hidden=kind == "check")]
     channel = socket.socket(fileno=fds[0])
     body = frames.receive(channel)
     channel.close()
@@ -232,12 +253,13 @@ def _run_program(kind: str, limits: Limits, fds: list[int], status: int) -> list
     return codes
 
 
-def _fork_and_wait(child: Any, limits: Limits, status: int) -> int:
+def _fork_and_wait(child: Any, limits: Limits, status: int, *, hidden: bool = False) -> int:
+    """`hidden`: nobody of the same user may look into the process (in the weaker mode programs and tests share one)."""
     pid = os.fork()
     if pid == 0:
         try:
             os.close(status)
-            kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
+            kernel.prctl(kernel.PR_SET_DUMPABLE, 0 if hidden else 1)
             limits.apply()
             child()
         except BaseException:
@@ -280,42 +302,34 @@ def _execute(argv: list[str], environment: dict[str, str], fds: tuple[int, ...])
         os._exit(127 if error.errno == errno.ENOENT else 126)
 
 
-def enter(setup: dict[str, Any], link: socket.socket) -> bool:
-    """Make the outer namespaces and the root. Returns True in the process that shall serve; the other one waits for it."""
+def enter(setup: dict[str, Any], link: socket.socket) -> None:
+    """Make the outer namespaces and the root. Returns in the process that shall serve; the other one waits for it."""
     if setup["isolation"] != "namespaces":
-        return True
+        return
     if os.geteuid() != 0:
         uid, gid = os.geteuid(), os.getegid()
         kernel.unshare(kernel.CLONE_NEWUSER)
         kernel.write_maps(os.getpid(), 0, uid, gid, deny_groups=True)
         setup["in_user_namespace"] = True
     kernel.unshare(kernel.OWN_WORLD)
-    root.build(setup["root"], setup["folders"], setup["packages"])
     if os.fork() != 0:
         link.close()
         os.wait()
         os._exit(0)
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-    return True
+    root.build(setup["root"], setup["folders"], setup["packages"])
 
 
 def main(fd: int, path: list[str]) -> None:
-    """Entry of the process: reads its setup from the link, answers {"ready", "notes"} or {"error"}, serves."""
+    """Entry of the process: reads its setup from the link, answers {"ready", "nobody"} or {"error"}, serves."""
     link = socket.socket(fileno=fd)
     setup = json.loads(link.recv(65536))
     try:
         enter(setup, link)
         zygote = Zygote(link, setup)
-        if zygote.namespaces:
-            try:
-                kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
-            except OSError as error:
-                zygote.notes.append("proc")
-                zygote.notes.append(f"no /proc of its own: {error}")
-        try:
-            zygote.filter = seccomp.program(kernel.MACHINE)
-        except KeyError:
-            zygote.notes.append(f"no seccomp: {kernel.MACHINE} is not known")
+        if not zygote.namespaces and zygote.privileged:
+            check_library()
+        zygote.filter = seccomp.program(kernel.MACHINE, shared=not zygote.namespaces)
         path.append("/packages")
         for name in (*PRELOAD, *setup["preload"]):
             importlib.import_module(name)
@@ -324,5 +338,5 @@ def main(fd: int, path: list[str]) -> None:
     except OSError as error:
         link.send(json.dumps({"error": str(error)}).encode())
         os._exit(1)
-    link.send(json.dumps({"ready": True, "notes": zygote.notes, "seccomp": bool(zygote.filter)}).encode())
+    link.send(json.dumps({"ready": True, "nobody": zygote.privileged}).encode())
     zygote.loop()
