@@ -6,7 +6,9 @@ on builtin types only. Standard library only: the zygote imports this."""
 from __future__ import annotations
 
 import builtins
+import copy
 import dis
+import json
 import math
 import socket
 import traceback
@@ -153,21 +155,25 @@ def _script(job: dict[str, Any], link: Link) -> None:
 
 
 def _cases(job: dict[str, Any], link: Link) -> None:
-    """Pairs of arguments and expected value. {"cases": [[arguments, expected], …], "tolerance"}, as a value message."""
-    (cases,) = values.Reader(_no_handle).read(job["cases"])
+    """Pairs of arguments and expected value. {"cases" (JSON): [[arguments, expected], …], "tolerance"}."""
     target = link.ask("lookup", job["entry_point"])
-    for number, (arguments, expected) in enumerate(cases):
+    for number, (arguments, expected) in enumerate(json.loads(job["cases"])):
         found = target(*arguments)
-        assert equal(found, expected, job.get("tolerance", 0.0)), (
-            f"case {number}: {_short(found)} != {_short(expected)}"
-        )
+        assert equal(found, expected, job["tolerance"]), f"case {number}: {_short(found)} != {_short(expected)}"
 
 
-_MODES = {"check": _check, "script": _script, "cases": _cases}
+def _same(job: dict[str, Any], link: Link) -> None:
+    """EvalPlus: the program agrees with the reference solution on every input. {"reference", "inputs" (JSON), "tolerance"}."""
+    space: dict[str, Any] = {"__name__": "reference"}
+    exec(compile(job["reference"], "<reference>", "exec", dont_inherit=True), space)
+    target = link.ask("lookup", job["entry_point"])
+    for number, arguments in enumerate(json.loads(job["inputs"])):
+        expected = space[job["entry_point"]](*copy.deepcopy(arguments))
+        found = target(*arguments)
+        assert equal(found, expected, job["tolerance"]), f"input {number}: {_short(found)} != {_short(expected)}"
 
 
-def _no_handle(number: int) -> Any:
-    raise values.BadValue(f"handle {number} in a job")
+_MODES = {"check": _check, "script": _script, "cases": _cases, "same": _same}
 
 
 def equal(found: Any, expected: Any, tolerance: float) -> bool:

@@ -6,6 +6,7 @@ nothing between them but plain values. `Sandbox.execute` runs commands (compiler
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -111,7 +112,7 @@ class Zygote:
         self._number = 0
         self.nobody = False
         self._send({
-            "isolation": isolation, "root": self._root, "folders": interpreter_folders(interpreter) + list(folders),
+            "isolation": isolation, "root": self._root, "folders": look_at(interpreter)[1] + list(folders),
             "packages": package_folders(packages), "preload": list(preload),
         })  # fmt: skip
         self._await_ready()
@@ -187,16 +188,19 @@ class Zygote:
         shutil.rmtree(self._root, ignore_errors=True)
 
 
-def interpreter_folders(interpreter: str) -> list[str]:
-    """Where an interpreter and its library are, if not below /usr. Raises UserError if it does not run."""
+@functools.cache
+def look_at(interpreter: str) -> tuple[str, list[str]]:
+    """The real path of an interpreter, and the folders it needs if not below /usr. Raises UserError if it does not run."""
+    code = "import os, sys; print(os.path.realpath(sys.executable), sys.base_prefix, sys.base_exec_prefix, sep='\\n')"
     try:
-        asked = [interpreter, "-I", "-S", "-c", "import sys; print(sys.base_prefix, sys.base_exec_prefix, sep='\\n')"]
+        asked = [interpreter, "-I", "-S", "-c", code]
         answer = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=START_S).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(
             f"interpreter {interpreter} does not run ({error}): give the path of a Python 3.11 or newer"
         ) from error
-    return [path for path in sorted(set(answer.split("\n"))) if path and not path.startswith("/usr")]
+    path, *folders = answer.strip().split("\n")
+    return path, [folder for folder in sorted(set(folders)) if not folder.startswith("/usr")]
 
 
 def package_folders(names: Sequence[str]) -> dict[str, str]:
@@ -235,6 +239,8 @@ class Sandbox:
         if not kernel.supported():
             raise UserError("the sandbox needs Linux on x86-64 or 64-bit ARM: evaluate there")
         self.isolation = isolation
+        self.python = look_at(interpreter)[0]
+        """The interpreter as programs see it, for `execute`."""
         try:
             self._programs = Zygote(isolation, interpreter=interpreter, packages=packages, folders=folders)
         except SandboxError as error:
