@@ -81,6 +81,12 @@ def valid_prefix(source: str) -> str:
     return text if _error_line(text) is None else source
 
 
+def as_module(prompt: str) -> str | None:
+    """A prompt made whole Python: a function that ends with its docstring is whole, another gets the body `pass`; None if that does
+    not help."""
+    return next((text for text in (prompt, prompt + "\n    pass\n") if _error_line(text) is None), None)
+
+
 def _error_line(source: str) -> int | None:
     """The line of the first syntax error, None if there is none."""
     try:

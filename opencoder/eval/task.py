@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -102,12 +103,21 @@ class Task:
     def _from_answer(self, body: str) -> str:
         if not self.prompt_is_code:
             return self.prefix + body
-        if self.language != "python":
-            return body if not self.entry_point or self.entry_point in body else self.prompt + body
+        if isinstance(self.scoring, OwnTests):
+            return without_closing(body, self.scoring)
         if self.entry_point and not completion.defines(body, self.entry_point):
             return self.prompt + body  # the answer is the function's body
         # The prompt's helpers and imports come first: an answer may use them without repeating them.
-        return completion.valid_prefix(self.prompt + "\n    pass\n") + "\n" + body
+        return (completion.as_module(self.prompt) or "") + "\n" + body
+
+
+def without_closing(body: str, scoring: OwnTests) -> str:
+    """An answer without the closing braces that the test brings along (of Java its class too, which the test closes at its end)."""
+    closing = re.match(r"\s*((?:\}\s*)*)", scoring.test)
+    count = closing[1].count("}") if closing else 0
+    for _ in range(count + (scoring.language == "java")):
+        body = body.rstrip().removesuffix("}")
+    return body
 
 
 def need(row: dict[str, Any], name: str, kind: type, where: str) -> Any:

