@@ -113,7 +113,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Everything asked for, of one model. Returns the summaries by name."""
     found: dict[str, Any] = {}
-    backend = make_backend(args, model) if suites or args.heldout else None
+    backend: Any = make_backend(args, model)
     if suites:
         from opencoder.eval.languages import toolchain_folders
         from opencoder.eval.sandbox.pool import Sandbox

@@ -175,8 +175,8 @@ def guarantee(tasks: Sequence[Task]) -> str:
     """How far the verdicts of these tasks can be trusted against programs that want to deceive."""
     if any(isinstance(task.scoring, UnitTests | OwnTests) for task in tasks):
         return (
-            "tests in the program's own process: holds against early exits, printed marks and patched assertions, not against a program "
-            "written to deceive this harness"
+            "tests in the program's own process: holds against early exits, printed marks and patched assertions, not against a "
+            "program written to deceive this harness"
         )
     return "tests outside of the program's process: no program can forge its verdict"
 
@@ -194,8 +194,8 @@ def score_file(
     short = [t.id for t, some in zip(tasks, by_task, strict=True) if len(some) != settings.sampling.samples]
     if short:
         raise DataError(
-            f"{len(short)} tasks do not have {settings.sampling.samples} texts each ({', '.join(short[:5])}): a task left out would raise "
-            "the mean; add them, with empty texts if the model gave none, or set --samples"
+            f"{len(short)} tasks do not have {settings.sampling.samples} texts each ({', '.join(short[:5])}): a task left out would "
+            "raise the mean; add them, with empty texts if the model gave none, or set --samples"
         )
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)

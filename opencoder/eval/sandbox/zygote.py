@@ -237,7 +237,7 @@ def _run_program(kind: str, limits: Limits, fds: list[int], status: int) -> list
     body = frames.receive(channel)
     channel.close()
     for name, text in body["files"].items():
-        with open(name, "w", encoding="utf-8", errors="surrogateescape") as file:
+        with open(name, "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(text)
     codes: list[int] = []
     for number, argv in enumerate(body["steps"]):
