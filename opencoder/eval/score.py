@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import secrets
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -88,7 +87,7 @@ def _same_numbers(found: str, expected: str) -> bool:
 def _unit_tests(scoring: UnitTests, source: str, sandbox: Sandbox, limits: Limits) -> Outcome:
     """unittest in the program's process, with tests among the real ones that must fail: who patches assertions, fails."""
     nonce = secrets.token_hex(8)
-    canaries = {f"test_{secrets.token_hex(6)}": random.choice(["equal", "true", "raise"]) for _ in range(3)}
+    canaries = {f"test_{secrets.token_hex(6)}": how for how in ("equal", "true", "raise")}
     job = {"source": source, "test": scoring.test, "nonce": nonce, "canaries": canaries}
     files = {"run.py": RUNNER.read_text(encoding="utf-8"), "job.json": json.dumps(job)}
     done = sandbox.execute([[sandbox.python, "-I", "run.py"]], files=files, limits=limits)

@@ -258,6 +258,12 @@ import sys
 for top in ['/root', '/usr', '/home', '/opt', '/packages', *sys.path]:
     for folder, _, names in os.walk(top):
         if 'HumanEval.jsonl.gz' in names: return 'escaped'"""),
+    attempt("escaped", "installed packages of the host", """
+import sys
+prefixes = ('/usr', '/usr/local', sys.prefix, sys.base_prefix)
+found = [p for top in prefixes for p in glob.glob(top + '/lib/python3*/*-packages/*')]
+assert found
+return 'escaped'"""),
     attempt("escaped", "read /etc/shadow", "open('/etc/shadow').read()\nreturn 'escaped'"),
     attempt("escaped", "see processes of the host", "os.kill(@PID@, 0)\nreturn 'escaped'"),
     attempt("escaped", "kill a process of the host", "os.kill(@PID@, 9)\nreturn 'escaped'"),

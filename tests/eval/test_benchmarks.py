@@ -116,12 +116,14 @@ WRONG = {
         "    import os; os._exit(0)\n",
         "    return x\nimport unittest\n"
         "for n in ('assertEqual', 'assertTrue', 'run'): setattr(unittest.TestCase, n, lambda *a: None)\n",
+        "    return x\nimport unittest\nunittest.TestCase.assertEqual = lambda *a: None\n",
         "    return x\nimport unittest\nunittest.TestResult.addFailure = unittest.TestResult.addSuccess\n",
         "    return Equal()\nclass Equal:\n    __eq__ = lambda s, o: True\n    __ne__ = lambda s, o: False\n" + "raise SystemExit(0)\n",
     ],
     "livecodebench": ["print(3)\n```", "class Solution:\n    def add(self, a, b): return 5\n```"],
     "multipl-e": ["    echo 4", "    exit 0", "    echo 5; }\nexit 0\nfoo() {\n"],
 }  # fmt: skip
+UNCUT = ("bigcodebench", "multipl-e")
 
 
 def written(folder: Path, name: str, rows: list[dict[str, Any]] | None = None) -> Path:
@@ -155,7 +157,9 @@ def test_right_programs_pass_and_wrong_ones_fail(tmp_path: Path, sandbox: Sandbo
             outcome = score(task, task.program(text, mode), sandbox)  # type: ignore[arg-type]
             assert outcome.status == "passed", (mode, outcome)
         for text in ("", "    return None\n", *WRONG.get(name, [])):
-            outcome = score(task, task.program(text, "completion"), sandbox)
+            # As they are: stops would cut off what a program does besides.
+            whole = task.prompt + text if name in UNCUT else task.program(text, "completion")
+            outcome = score(task, whole, sandbox)
             assert outcome.status == "failed", (text, outcome)
 
 
