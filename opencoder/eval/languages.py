@@ -6,14 +6,16 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from .sandbox.limits import Limits
 
-COMPILED = Limits(wall_s=60, cpu_s=30, memory_mib=4096, processes=64, file_mib=128, disk_mib=256, open_files=256)
-VIRTUAL = Limits(wall_s=60, cpu_s=30, memory_mib=1 << 16, processes=128, file_mib=128, disk_mib=256, open_files=256)
+COMPILED = Limits(
+    wall_s=60, cpu_s=30, memory_mib=4096, tree_memory_mib=4096, processes=64, file_mib=128, disk_mib=256, open_files=256
+)
+VIRTUAL = replace(COMPILED, memory_mib=1 << 16, processes=128)
 """For node, the JVM and Go, which reserve far more address space than they use."""
 JAVA = ("-XX:+UseSerialGC", "-Xmx512m", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData")
 

@@ -17,7 +17,7 @@ from .task import Judge, OwnTests, Task, TextCases, UnitTests
 
 RUNNER = Path(__file__).parent / "sandbox" / "unit_tests.py"
 UNIT_TEST_LIMITS = Limits(
-    wall_s=60, cpu_s=30, memory_mib=8192, processes=64, file_mib=256, disk_mib=512, open_files=512
+    wall_s=60, cpu_s=30, memory_mib=8192, tree_memory_mib=8192, processes=64, file_mib=256, disk_mib=512, open_files=512
 )
 """BigCodeBench loads scientific packages."""
 

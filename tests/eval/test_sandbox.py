@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,8 +123,21 @@ def test_honest_programs_keep_their_meaning(sandbox: Sandbox, source: str, test:
     ],
 )
 def test_failures_say_why(sandbox: Sandbox, source: str, kind: str) -> None:
-    outcome = judge(sandbox, source, "    assert candidate(1) == 1")
+    limits = QUICK if kind == "wall time" else replace(QUICK, wall_s=30.0)
+    outcome = judge(sandbox, source, "    assert candidate(1) == 1", limits)
     assert (outcome.status, outcome.kind) == ("failed", kind)
+
+
+def test_memory_is_bounded_for_all_processes_together(sandbox: Sandbox) -> None:
+    """Each of the children keeps within the limit of one process."""
+    source = (
+        "import os, time\ndef f(x):\n    [os.fork() for _ in range(2)]\n    b = bytearray(200 << 20)\n    time.sleep(9)"
+    )
+    limits = Limits(wall_s=5.0, memory_mib=512, tree_memory_mib=300)
+    outcome = judge(sandbox, source, "    assert candidate(1) == 1", limits)
+    assert (outcome.status, outcome.kind) == ("failed", "memory")
+    alone = "def f(x):\n    b = bytearray(200 << 20)\n    return 1"
+    assert judge(sandbox, alone, "    assert candidate(1) == 1", limits).status == "passed"
 
 
 def test_a_swallowed_end_of_the_program_is_no_pass(sandbox: Sandbox) -> None:

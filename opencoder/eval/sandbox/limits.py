@@ -19,6 +19,8 @@ class Limits:
     """Seconds of CPU time of each process."""
     memory_mib: int = 1024
     """Address space of each process."""
+    tree_memory_mib: int = 2048
+    """Resident memory of all processes together, looked at every tenth of a second."""
     processes: int = 16
     """Processes and threads at once."""
     file_mib: int = 16

@@ -11,6 +11,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -25,6 +26,8 @@ INSIDE = 1000
 """The user and group that programs are in their own user namespace."""
 NOBODY = 65534
 """What they are outside, where the zygote may choose: it is root."""
+LOOK_S = 0.1
+"""Seconds between two looks at the memory of what runs."""
 PRELOAD = (
     "abc", "argparse", "array", "base64", "bisect", "calendar", "cmath", "collections", "copy", "csv", "dataclasses", "datetime",
     "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "inspect", "io", "itertools", "json", "math", "numbers",
@@ -53,15 +56,19 @@ class Zygote:
         """Serve until the caller closes the link."""
         while True:
             now = time.monotonic()
-            nearest = min((run.deadline for run in self.runs.values()), default=now + 60)
+            nearest = min((min(run.deadline, now + LOOK_S) for run in self.runs.values()), default=now + 60)
             watched = [self.link.fileno(), *self.runs]
-            ready, _, _ = select.select(watched, [], [], max(0.0, min(nearest - now, 60.0)))
+            ready, _, _ = select.select(watched, [], [], max(0.0, nearest - now))
             for fd in ready:
                 if fd in self.runs:
                     self._ended(self.runs.pop(fd))
             for run in list(self.runs.values()):
                 if run.deadline <= time.monotonic():
                     run.kill("wall time")
+                elif time.monotonic() >= run.look and not run.killed:  # most programs end before the first look
+                    run.look = time.monotonic() + LOOK_S
+                    if tree_memory_kib(run.pid) > run.memory_kib:
+                        run.kill("memory")
             if self.link.fileno() in ready and not self._request():
                 return
 
@@ -110,7 +117,7 @@ class Zygote:
             raise
         finally:
             os.close(go_write)
-        return Run(request["run"], pid, os.pidfd_open(pid), status_read, limits.wall_s, not self.namespaces)
+        return Run(request["run"], pid, os.pidfd_open(pid), status_read, limits, not self.namespaces)
 
     def _ended(self, run: Run) -> None:
         _, _, usage = os.wait4(run.pid, 0)
@@ -130,10 +137,12 @@ class Zygote:
 class Run:
     """One process tree."""
 
-    def __init__(self, number: int, pid: int, pidfd: int, status: int, wall_s: float, grouped: bool) -> None:
+    def __init__(self, number: int, pid: int, pidfd: int, status: int, limits: Limits, grouped: bool) -> None:
         self.number, self.pid, self.pidfd, self.status, self.grouped = number, pid, pidfd, status, grouped
         self.started = time.monotonic()
-        self.deadline = self.started + wall_s
+        self.deadline = self.started + limits.wall_s
+        self.look = self.started + LOOK_S
+        self.memory_kib = limits.tree_memory_mib * 1024
         self.killed = ""
 
     def kill(self, reason: str) -> None:
@@ -150,6 +159,23 @@ class Run:
             os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError:
             return
+
+
+def tree_memory_kib(first: int) -> int:
+    """Resident memory of a process and all below it that is theirs alone; those that end meanwhile count nothing."""
+    total, stack = 0, [first]
+    while stack:
+        pid = stack.pop()
+        try:
+            with open(f"/proc/{pid}/statm") as file:
+                _, resident, shared, *_ = map(int, file.read().split())
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                with open(f"/proc/{pid}/task/{thread}/children") as file:
+                    stack += map(int, file.read().split())
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        total += (resident - shared) * (resource.getpagesize() // 1024)
+    return total
 
 
 def _first_process(
