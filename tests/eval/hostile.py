@@ -201,9 +201,9 @@ import os
 os.fork(); os.fork()
 x = []
 while True: x.append(bytearray(1 << 20))"""),
-    add("fill the disk", "i = 0\nwhile True:\n    i += 1\n    open(f'/tmp/{i}', 'wb').write(bytes(1 << 20))"),
-    add("fill the disk with empty files", "i = 0\nwhile True:\n    i += 1\n    open(f'/tmp/{i}', 'wb')"),
-    add("fill /dev/shm", "i = 0\nwhile True:\n    i += 1\n    open(f'/dev/shm/{i}', 'wb').write(bytes(1 << 20))"),
+    add("fill the disk", "i = 0\nwhile True:\n    i += 1\n    open(f'/tmp/@NAME@-{i}', 'wb').write(bytes(1 << 20))"),
+    add("fill the disk with empty files", "i = 0\nwhile True:\n    i += 1\n    open(f'/tmp/@NAME@-{i}', 'wb')"),
+    add("fill /dev/shm", "i = 0\nwhile True:\n    i += 1\n    open(f'/dev/shm/@NAME@-{i}', 'wb').write(bytes(1 << 20))"),
     add("flood standard output", "while True: print('x' * 65536)"),
     add("recurse for ever", "import sys\nsys.setrecursionlimit(10**9)\ng = lambda n: g(n + 1)\nreturn g(0)"),
     add("crash the interpreter", "import ctypes\nctypes.string_at(0)"),
@@ -217,7 +217,7 @@ while True:
 ]  # fmt: skip
 ESCAPING = [
     attempt("secret", "read a file of the host", "return open('@FILE@').read()"),
-    attempt("secret", "read it through a symlink", "os.symlink('@FILE@', '/tmp/l')\nreturn open('/tmp/l').read()"),
+    attempt("secret", "read it through a symlink", "os.symlink('@FILE@', '/tmp/@NAME@-l')\nreturn open('/tmp/@NAME@-l').read()"),
     attempt("secret", "read it through /proc/1/root", "return open('/proc/1/root@FILE@').read()"),
     attempt("secret", "read it through /proc/*/cwd and root", """
 paths = glob.glob('/proc/[0-9]*/root@FILE@') + glob.glob('/proc/[0-9]*/cwd/*')
@@ -322,10 +322,10 @@ return 'escaped'"""),
     attempt("escaped", "unmount what hides packages", """
 assert libc.umount2(b'/usr/lib/python3/dist-packages', 2) == 0
 return 'escaped'"""),
-    attempt("escaped", "chroot and climb out", "os.mkdir('/tmp/d')\nos.chroot('/tmp/d')\nreturn 'escaped'"),
+    attempt("escaped", "chroot and climb out", "os.mkdir('/tmp/@NAME@-d')\nos.chroot('/tmp/@NAME@-d')\nreturn 'escaped'"),
     attempt("escaped", "make a disk device", """
-os.mknod('/tmp/disk', 0o60660, os.makedev(254, 0))
-open('/tmp/disk', 'rb').read(1)
+os.mknod('/tmp/@NAME@-disk', 0o60660, os.makedev(254, 0))
+open('/tmp/@NAME@-disk', 'rb').read(1)
 return 'escaped'"""),
     attempt("escaped", "open a file by its handle", """
 h = struct.pack('=Ii', 8, 1) + struct.pack('=II', 2, 0)
@@ -349,6 +349,9 @@ return 'escaped'"""),
 assert libc.syscall(250, 0, -4, 1) > 0
 return 'escaped'"""),
 ]  # fmt: skip
+FILLING = ("fill the disk", "fill the disk with empty files", "fill /dev/shm")
+"""Not run by the command in the weaker mode, where they would do just that for as long as they are let."""
+PLACES = (Path("/tmp"), Path("/dev/shm"), Path("/var/tmp"))
 PROGRAMS = [*FORGING, *HANGING, *ESCAPING]
 
 
@@ -389,8 +392,7 @@ class World:
 
     def harm(self) -> list[str]:
         """What the programs did, since this was last asked, that they should not have been able to do."""
-        places = [Path("/tmp"), Path("/dev/shm"), Path("/var/tmp")]
-        found = [f"{place / self.name} is there" for place in places if (place / self.name).exists()]
+        found = [f"files are left in {place}" for place in PLACES if any(place.glob(f"{self.name}*"))]
         if self.victim.poll() is not None:
             found.append("the process was killed")
         if self.visits:
@@ -406,8 +408,9 @@ class World:
         self.victim.wait()
         for server in self.servers:
             server.close()
-        for place in (Path("/tmp"), Path("/dev/shm"), Path("/var/tmp")):
-            (place / self.name).unlink(missing_ok=True)
+        for place in PLACES:
+            for path in place.glob(f"{self.name}*"):
+                path.rmdir() if path.is_dir() else path.unlink()
         self.file.unlink()
         os.rmdir(self.folder)
 
@@ -437,6 +440,10 @@ def main(argv: list[str] | None = None) -> int:
     with world() as around, Sandbox(args.sandbox, interpreter=args.python) as sandbox:
         print(sandbox.describe())
         for program in PROGRAMS:
+            if program.name in FILLING and args.sandbox != "namespaces":
+                print(f"NOT RUN  {program.name}: the weaker mode does not hold it back")
+                bad += 1
+                continue
             start = time.monotonic()
             outcome = attack(sandbox, program, around)
             harm = around.harm()
