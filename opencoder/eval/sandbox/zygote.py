@@ -100,7 +100,12 @@ class Zygote:
         status_read, status_write = os.pipe()
         go_read, go_write = os.pipe()
         flags = kernel.OWN_WORLD | kernel.CLONE_NEWUSER
-        pid = kernel.clone(flags) if self.namespaces else os.fork()
+        try:
+            pid = kernel.clone(flags) if self.namespaces else os.fork()
+        except OSError:
+            for fd in (status_read, status_write, go_read, go_write):
+                os.close(fd)
+            raise
         if pid == 0:
             _first_process(self, request, limits, fds, status_write, go_read)
         os.close(status_write)
@@ -356,7 +361,7 @@ def main(fd: int, path: list[str]) -> None:
         if not zygote.namespaces and zygote.privileged:
             check_library()
         zygote.filter = seccomp.program(kernel.MACHINE, shared=not zygote.namespaces)
-        path.append("/packages")
+        path += ["/packages"] if zygote.namespaces else sorted({os.path.dirname(p) for p in setup["packages"].values()})
         for name in (*PRELOAD, *setup["preload"]):
             importlib.import_module(name)
         gc.collect()
