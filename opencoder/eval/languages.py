@@ -19,6 +19,10 @@ VIRTUAL = replace(COMPILED, memory_mib=1 << 16, processes=128)
 """For node, the JVM and Go, which reserve far more address space than they use."""
 JAVA = ("-XX:+UseSerialGC", "-Xmx512m", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData")
 
+TUPLES = "/usr/share/java/javatuples.jar"
+"""What MultiPL-E's Java programs import (Debian: libjavatuples-java)."""
+CLASSES = f".:{TUPLES}"
+
 
 @dataclass(frozen=True)
 class Language:
@@ -60,7 +64,10 @@ LANGUAGES: dict[str, Language] = {
     ),
     "java": Language(
         "Problem.java",
-        [["javac", *(f"-J{o}" for o in JAVA), "-encoding", "UTF-8", "Problem.java"], ["java", *JAVA, "-ea", "Problem"]],
+        [
+            ["javac", *(f"-J{option}" for option in JAVA), "-cp", CLASSES, "-encoding", "UTF-8", "Problem.java"],
+            ["java", *JAVA, "-cp", CLASSES, "-ea", "Problem"],
+        ],
         before_end("assert 1 == 2;", r"\}\s*\}\s*$"),
         VIRTUAL,
         ["Problem.java"],

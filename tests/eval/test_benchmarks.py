@@ -282,6 +282,29 @@ def test_other_languages(tmp_path: Path, sandbox: Sandbox, name: str) -> None:
         assert outcome.status == "failed", (text, outcome)
 
 
+def test_java_without_the_tuples_it_imports_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := languages.missing("java"):
+        pytest.skip(reason)
+    monkeypatch.setattr(benchmarks.multipl_e, "TUPLES", str(tmp_path / "absent.jar"))
+    row = {"name": "a", "language": "java", "prompt": "import org.javatuples.*;\n", "tests": "}}", "stop_tokens": []}
+    with pytest.raises(UserError, match="install libjavatuples-java"):
+        benchmarks.load("multipl-e", written(tmp_path, "multipl-e", [row]))
+
+
+def test_a_function_named_like_a_builtin_is_the_programs_and_no_other_is(tmp_path: Path, sandbox: Sandbox) -> None:
+    """MBPP has a task whose function is called `sum`; a program that defines `set` or `math` must not pass by it."""
+    row = {"task_id": 1, "prompt": "Sum.", "code": "def sum(a, b):\n    return a + b", "test_imports": []}
+    rows = [
+        {**row, "test_list": ["assert sum(10, 15) == 25"]},
+        {**row, "task_id": 2, "test_list": ["assert set([sum(1, 2)]) == set([3])"]},
+        {**row, "task_id": 3, "test_list": ["assert math.isclose(sum(1, 2), 3)"]},
+    ]
+    tasks = benchmarks.load("mbpp-sanitized", written(tmp_path, "mbpp-sanitized", rows))
+    assert [score(task, row["code"], sandbox).status for task in tasks] == ["passed"] * 3
+    forged = "def sum(a, b):\n    return 0\ndef set(x):\n    return 1\nclass math:\n    isclose = staticmethod(lambda a, b: True)\n"
+    assert [score(task, forged, sandbox).status for task in tasks] == ["failed"] * 3
+
+
 def test_a_language_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(languages.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="no bash on this machine"):

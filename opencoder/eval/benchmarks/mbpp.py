@@ -50,10 +50,11 @@ def _code(where: str, row: dict[str, Any]) -> str:
 
 def _full_task(where: str, row: dict[str, Any], shots: str) -> Task:
     tests = tests_of(row, where)
-    job = {"mode": "script", "setup": row.get("test_setup_code") or "", "test": "\n".join(tests)}
     code = _code(where, row)
+    name = entry_point(code, tests)
+    job = {"mode": "script", "setup": row.get("test_setup_code") or "", "test": "\n".join(tests), "entry_point": name}
     return Task(
-        f"Mbpp/{row['task_id']}", f"{shots}{_ask(where, row)}[BEGIN]\n", Judge(job), entry_point(code, tests), code,
+        f"Mbpp/{row['task_id']}", f"{shots}{_ask(where, row)}[BEGIN]\n", Judge(job), name, code,
         instruction=f"{_ask(where, row)}Answer with one Python code block.\n", stops=("[DONE]", "\n```"), prompt_is_code=False,
     )  # fmt: skip
 
@@ -80,11 +81,13 @@ def _docstring_task(where: str, row: dict[str, Any], test: str | None) -> Task:
     code = _code(where, row)
     imports = "\n".join(row.get("test_imports") or [])
     prompt = f'"""\n{need(row, "prompt", str, where).strip()}\n{tests[0]}\n"""\n'
-    job = {"mode": "script", "setup": imports, "test": test if test is not None else "\n".join(tests)}
+    name = entry_point(code, tests)
+    test = "\n".join(tests) if test is None else test
+    job = {"mode": "script", "setup": imports, "test": test, "entry_point": name}
     number = str(row.get("task_id", "")).removeprefix("Mbpp/")
     if not number:
         raise DataError(f"{where} has no field `task_id`")
-    return Task(f"Mbpp/{number}", prompt, Judge(job), entry_point(code, tests), code, stops=STOPS)
+    return Task(f"Mbpp/{number}", prompt, Judge(job), name, code, stops=STOPS)
 
 
 def tests_of(row: dict[str, Any], where: str) -> Sequence[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from opencoder.errors import DataError, UserError
 
-from ..languages import MULTIPL_E, missing
+from ..languages import MULTIPL_E, TUPLES, missing
 from ..task import OwnTests, Task, need
 from . import files
 
@@ -18,6 +18,10 @@ def load(path: str | Path | None) -> list[Task]:
     for language in {task.language for task in tasks}:
         if reason := missing(language):
             raise UserError(f"{path}: {reason}; install what is missing, or evaluate another language")
+    if any("org.javatuples" in task.prompt for task in tasks) and not Path(TUPLES).is_file():
+        raise UserError(
+            f"{path} imports org.javatuples, and {TUPLES} is not there: install libjavatuples-java, or put it there"
+        )
     return tasks
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import builtins
 import copy
 import dis
+import importlib
 import json
 import math
 import socket
+import sys
 import traceback
 import types
 from collections.abc import Iterator
@@ -144,13 +146,16 @@ def _check(job: dict[str, Any], link: Link) -> None:
 
 
 def _script(job: dict[str, Any], link: Link) -> None:
-    """MBPP: statements; names that neither they nor the setup define are the program's."""
+    """MBPP: statements; names that neither they nor the setup define are the program's. A builtin name is the program's only if it
+    is the function asked for (one is called `sum`): a program that redefines `set` or `len` must not change the test."""
     space: dict[str, Any] = {"__name__": "test"}
     exec(compile(job["setup"], "<setup>", "exec", dont_inherit=True), space)
     code = compile(job["test"], "<test>", "exec", dont_inherit=True)
-    for name in sorted(free_names(code)):
-        if name not in space and not hasattr(builtins, name):
+    for name in sorted(free_names(code) - set(space)):
+        if name == job["entry_point"] or not (hasattr(builtins, name) or name in sys.stdlib_module_names):
             space[name] = link.ask("lookup", name)
+        elif not hasattr(builtins, name):
+            space[name] = importlib.import_module(name)  # never the program's `math`
     exec(code, space)
 
 
