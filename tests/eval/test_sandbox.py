@@ -20,7 +20,8 @@ QUICK = Limits(wall_s=2.0, cpu_s=1, memory_mib=256, processes=8, disk_mib=16)
 
 
 @pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
+def sandbox(world: hostile.World) -> Iterator[Sandbox]:
+    """Started when the secret is in the environment already."""
     try:
         made = Sandbox()
     except UserError as error:

@@ -30,7 +30,7 @@ from opencoder.errors import Failure, UserError
 from . import frames, kernel
 from .limits import Limits
 from .root import ANSWERS
-from .zygote import NOBODY
+from .zygote import ENVIRONMENT, NOBODY
 
 Isolation = Literal["namespaces", "rlimits"]
 ISOLATIONS: tuple[Isolation, ...] = ("namespaces", "rlimits")
@@ -110,8 +110,9 @@ class Zygote:
         self._link, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         home = str(Path(__file__).parents[3])
         command = [interpreter, "-I", "-S", "-c", _BOOT, home, str(other.fileno())]
+        # No variable of the caller's: programs are forks, and could read the keys in them from /proc/self/environ.
         self._process = subprocess.Popen(
-            command, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            command, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=ENVIRONMENT
         )
         other.close()
         self._lock = threading.Lock()
@@ -251,6 +252,9 @@ class Sandbox:
         if not kernel.supported():
             raise UserError("the sandbox needs Linux on x86-64 or 64-bit ARM: evaluate there")
         self.isolation = isolation
+        if isolation == "rlimits":
+            # An ordinary user's programs are that user there: they must not write into this process, which has the verdicts.
+            kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
         shown = package_folders(packages).values()
         self.package_path = ["/packages"] if isolation == "namespaces" else sorted({str(Path(p).parent) for p in shown})
         """Where programs that `execute` starts find the packages."""

@@ -355,6 +355,8 @@ def main(fd: int, path: list[str]) -> None:
     """Entry of the process: reads its setup from the link, answers {"ready", "nobody"} or {"error"}, serves."""
     link = socket.socket(fileno=fd)
     setup = json.loads(link.recv(65536))
+    if setup["isolation"] != "namespaces":
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # as the caller: see Sandbox
     try:
         enter(setup, link)
         zygote = Zygote(link, setup)
