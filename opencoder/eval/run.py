@@ -7,7 +7,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,14 @@ def generate(tasks: Sequence[Task], backend: Backend, settings: Settings, file: 
         ProgressBar("generate", total=len(todo), unit="tasks") as bar,
         ThreadPoolExecutor(max(1, settings.concurrency)) as threads,
     ):
-        work = threads.map(lambda item: backend.generate(item[0], item[1], settings.sampling), todo)
-        for texts in work:
-            file.add(texts)
-            bar.advance(postfix=_counted(backend.failures))
+        work = [threads.submit(backend.generate, task, samples, settings.sampling) for task, samples in todo]
+        try:
+            for done in as_completed(work):  # written at once, whatever is still on its way
+                file.add(done.result())
+                bar.advance(postfix=_counted(backend.failures))
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
 
 
 def _counted(failures: dict[str, int]) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from opencoder.errors import UserError
 from opencoder.eval.sandbox.limits import Limits
-from opencoder.eval.sandbox.pool import Outcome, Sandbox
+from opencoder.eval.sandbox.pool import Outcome, Sandbox, SandboxError
 from tests.eval import hostile
 
 QUICK = Limits(wall_s=2.0, cpu_s=1, memory_mib=256, processes=8, disk_mib=16)
@@ -216,6 +216,14 @@ def test_a_warm_start_takes_milliseconds(sandbox: Sandbox) -> None:
         sandbox.execute([["true"]], files={}, limits=QUICK)
         times.append(time.monotonic() - start)
     assert min(times) < 0.1
+
+
+def test_a_zygote_that_dies_is_an_error_and_no_verdict(sandbox: Sandbox) -> None:
+    with Sandbox() as made:
+        made._tests._process.kill()
+        made._tests._process.wait()
+        with pytest.raises(SandboxError, match="zygote"):
+            judge(made, "def f(x): return x", "    assert candidate(1) == 1")
 
 
 def test_nothing_is_left_behind(sandbox: Sandbox) -> None:

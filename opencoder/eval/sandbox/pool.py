@@ -127,7 +127,10 @@ class Zygote:
         threading.Thread(target=self._listen, daemon=True, name="sandbox").start()
 
     def _send(self, message: dict[str, Any]) -> None:
-        self._link.send(json.dumps(message).encode())
+        try:
+            self._link.send(json.dumps(message).encode())
+        except OSError as error:
+            raise SandboxError(f"the sandbox's zygote is gone: {error}") from error
 
     def _await_ready(self) -> None:
         self._link.settimeout(START_S)
@@ -155,7 +158,10 @@ class Zygote:
                 os.chown(folder, NOBODY, NOBODY)
             future.add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
         request = {"do": "run", "run": number, "kind": kind, "limits": limits.to_json(), "folder": str(folder)}
-        socket.send_fds(self._link, [json.dumps(request).encode()], list(fds))
+        try:
+            socket.send_fds(self._link, [json.dumps(request).encode()], list(fds))
+        except OSError as error:
+            raise SandboxError(f"the sandbox's zygote is gone: {error}") from error
         return number, future
 
     def stop(self, number: int) -> None:
@@ -314,7 +320,7 @@ class Sandbox:
                 pass  # how both sides ended says why
         wall_s = time.monotonic() - started
         self._programs.stop(number)
-        ended, test_ended = program.result(GRACE_S + longer.wall_s), test.result(GRACE_S + longer.wall_s)
+        ended, test_ended = _await(program, longer), _await(test, longer)
         kind = answer["kind"]
         if kind in ("program gone", "test gone"):
             kind = _why(ended) or (_why(test_ended) if kind == "test gone" else "") or kind
@@ -348,10 +354,18 @@ class Sandbox:
             too_much, outputs = _exchange(pipes[0][1], stdin, [pipes[1][0], pipes[2][0]], limits)
         if too_much:
             self._programs.stop(number)
-        ended = future.result(limits.wall_s + GRACE_S)
+        ended = _await(future, limits)
         if too_much:
             ended = Ended(ended.codes, "output", ended.cpu_s, ended.wall_s, ended.memory_kib)
         return Execution(ended, outputs[0], outputs[1])
+
+
+def _await(future: Future[Ended], limits: Limits) -> Ended:
+    """How a tree ended, which the zygote sees to in time. Raises SandboxError if it does not."""
+    try:
+        return future.result(limits.wall_s + GRACE_S)
+    except TimeoutError as error:
+        raise SandboxError(f"the sandbox's zygote says nothing for {limits.wall_s + GRACE_S:.0f} s") from error
 
 
 def _why(ended: Ended) -> str:
