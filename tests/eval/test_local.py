@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from opencoder.checkpoint import hf
 from opencoder.data import tokenizer as tok
 from opencoder.data.preprocess import Job, preprocess
 from opencoder.errors import DataError, UserError
@@ -177,6 +178,22 @@ def test_the_command_evaluates_a_model_and_resumes(
     assert main(args) == 0
     assert (tmp_path / "humaneval" / "generations.jsonl").read_bytes() == before
     assert json.loads((tmp_path / "heldout.json").read_text())["heldout data"]["all"]["documents"] == len(DOCUMENTS)
+
+
+def test_native_checkpoints_are_watched_and_say_the_same(
+    folder: Path, model: Local, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = hf.import_(folder / "model", tmp_path / "run" / "checkpoints" / "step_00000010")
+    native = Local(checkpoint, device="cpu")
+    sampling = Sampling(max_new_tokens=8)
+    assert native.generate(task(), [0], sampling) == model.generate(task(), [0], sampling)
+    args = ["--watch", str(tmp_path / "run"), "--once", "--heldout", str(folder / "data"), "--device", "cpu"]
+    assert main([*args, "--output", str(tmp_path / "out")]) == 0
+    (row,) = json.loads((tmp_path / "out" / "curve.json").read_text())
+    truth = evaluate_dataset(model, folder / "data")["all"]["loss"]
+    assert (row["step"], row["heldout data loss"]) == (10, pytest.approx(truth, rel=1e-11))
+    with pytest.raises(UserError, match="is not a folder"):
+        main(["--watch", str(tmp_path / "absent"), "--once", "--heldout", "x", "--output", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize(
