@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +109,23 @@ def load_tasks(text: str, args: argparse.Namespace) -> list[Task]:
         tasks = [task for task in tasks if start <= task.facts.get("contest_date", "") < end]
         if not tasks:
             raise UserError(f"no problem of {path} lies from {start or 'the first'} until {end}")
-    return tasks[: args.limit]
+    tasks = tasks[: args.limit]
+    needed = {library for task in tasks for library in task.facts.get("libraries", "").split(", ") if library}
+    missing = missing_packages(needed, args.packages)
+    if missing:
+        raise UserError(
+            f"the programs of {name} need {', '.join(missing)}, which the sandbox would not show: install them and give "
+            "--packages all (or their names, with those that they need)"
+        )
+    return tasks
+
+
+def missing_packages(needed: set[str], shown: Sequence[str]) -> list[str]:
+    """Those of `needed` that are neither in the standard library nor shown to programs."""
+    outside = sorted(needed - sys.stdlib_module_names)
+    if list(shown) == ["all"]:
+        return [name for name in outside if importlib.util.find_spec(name) is None]
+    return [name for name in outside if name not in shown]
 
 
 def evaluate(
@@ -129,6 +147,8 @@ def evaluate(
                 summary = one_benchmark(args, name, tasks, backend, sandbox, output / name)
                 scores = "  ".join(f"{k} {100 * v:.1f} %" for k, v in summary["pass"].items())
                 print(f"{name}: {scores}  ({summary['tasks']} tasks, {output / name / 'report.html'})")
+                if lost := summary["statuses"].get("unscorable", 0):
+                    print(f"{name}: {lost} samples could not be scored and count as not passed; verdicts.jsonl says why")
                 found[name] = summary
     for prefix in args.heldout:
         from opencoder.eval.heldout import evaluate_dataset, show

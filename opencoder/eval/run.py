@@ -182,7 +182,7 @@ def guarantee(tasks: Sequence[Task]) -> str:
             "tests in the program's own process: holds against early exits, printed marks and patched assertions, not against a "
             "program written to deceive this harness"
         )
-    return "tests outside of the program's process: no program can forge its verdict"
+    return "tests outside of the program's process: a program passes only by returning values that satisfy them"
 
 
 def score_file(

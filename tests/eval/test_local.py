@@ -202,6 +202,10 @@ def test_native_checkpoints_are_watched_and_say_the_same(
         (["--model", "x"], "nothing to evaluate"),
         (["--benchmark", "humaneval"], "no model"),
         (["--benchmark", "humanevil", "--model", "x"], "did you mean `humaneval`"),
+        (
+            ["--benchmark", "bigcodebench={bigcodebench}", "--canonical"],
+            "need matplotlib, which the sandbox would not show",
+        ),
         (["--heldout", "p", "--server", "http://x/v1"], "--heldout needs --model"),
         (["--benchmark", "humaneval", "--server", "x"], "http://"),
         (["--benchmark", "humaneval", "--canonical", "--mode", "chat"], "one completion for each task"),
@@ -210,5 +214,8 @@ def test_native_checkpoints_are_watched_and_say_the_same(
     ],
 )
 def test_mistakes_are_told(tmp_path: Path, args: list[str], says: str) -> None:
+    row = {"task_id": "B/0", "complete_prompt": "", "instruct_prompt": "", "test": "", "entry_point": "f"}
+    (tmp_path / "b.jsonl").write_text(json.dumps({**row, "libs": "['matplotlib', 'json']"}) + "\n")
+    args = [arg.replace("{bigcodebench}", str(tmp_path / "b.jsonl")) for arg in args]
     with pytest.raises(UserError, match=says):
         main([*args, "--output", str(tmp_path)])

@@ -150,6 +150,13 @@ def test_an_argument_without_a_plain_form_is_unscorable_and_not_a_failure(sandbo
     assert judge(sandbox, "def f(g): return g(1)", "    assert candidate(lambda x: x) == 1").status == "unscorable"
 
 
+def test_a_library_that_the_test_lacks_is_unscorable_and_one_that_the_program_lacks_a_failure(sandbox: Sandbox) -> None:
+    outcome = judge(sandbox, "def f(): return 1", "    import no_such_library\n    assert candidate() == 1")
+    assert (outcome.status, outcome.kind) == ("unscorable", "ModuleNotFoundError")
+    outcome = judge(sandbox, "def f(): import no_such_library", "    assert candidate() == 1")
+    assert (outcome.status, outcome.kind) == ("failed", "ModuleNotFoundError")
+
+
 def test_commands_run_with_input_and_each_step_counts(sandbox: Sandbox) -> None:
     steps = [["sh", "-c", "cp a b; echo made >&2"], ["sh", "-c", "cat b -; ls"]]
     done = sandbox.execute(steps, files={"a": "text\n"}, stdin=b"input\n", remove=["a"], limits=QUICK)

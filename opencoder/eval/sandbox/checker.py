@@ -42,6 +42,8 @@ class Link:
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self.broken = False
+        self.raised: list[BaseException] = []
+        """Exceptions of the program's, which must not be taken for the test's own."""
 
     def ask(self, do: str, *arguments: Any) -> Any:
         """One operation. Raises what the program raised, as a builtin class; ProgramGone if it is gone."""
@@ -62,6 +64,7 @@ class Link:
         except (frames.ChannelError, values.BadValue, KeyError, TypeError, ValueError, RecursionError) as error:
             self.broken = True
             raise ProgramGone(f"{type(error).__name__}: {error}") from None
+        self.raised.append(raised)
         raise raised
 
     def _remote(self, number: int) -> Remote:
@@ -129,6 +132,13 @@ def run(control: socket.socket, channel: socket.socket) -> None:
         outcome = {"outcome": "failed", "kind": "program gone", "detail": str(error)}
     except NotPlain as error:
         outcome = {"outcome": "unscorable", "kind": "value", "detail": str(error)}
+    except ImportError as error:
+        ours = any(error is other for other in link.raised)
+        outcome = {
+            "outcome": "failed" if ours else "unscorable",
+            "kind": type(error).__name__,
+            "detail": _detail(error),
+        }
     except BaseException as error:
         outcome = {"outcome": "failed", "kind": type(error).__name__, "detail": _detail(error)}
     if link.broken and outcome["outcome"] == "passed":  # a bare `except:` in a test swallowed ProgramGone
