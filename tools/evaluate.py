@@ -148,7 +148,9 @@ def evaluate(
                 scores = "  ".join(f"{k} {100 * v:.1f} %" for k, v in summary["pass"].items())
                 print(f"{name}: {scores}  ({summary['tasks']} tasks, {output / name / 'report.html'})")
                 if lost := summary["statuses"].get("unscorable", 0):
-                    print(f"{name}: {lost} samples could not be scored and count as not passed; verdicts.jsonl says why")
+                    print(
+                        f"{name}: {lost} samples could not be scored and count as not passed; verdicts.jsonl says why"
+                    )
                 found[name] = summary
     for prefix in args.heldout:
         from opencoder.eval.heldout import evaluate_dataset, show

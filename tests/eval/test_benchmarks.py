@@ -264,7 +264,7 @@ ADD_IN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ADD_IN)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "java" else ()) for n in ADD_IN])
 def test_other_languages(tmp_path: Path, sandbox: Sandbox, name: str) -> None:
     if reason := languages.missing(languages.MULTIPL_E[name]):
         pytest.skip(reason)
