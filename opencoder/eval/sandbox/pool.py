@@ -272,7 +272,11 @@ class Sandbox:
             raise UserError(_refusal(isolation, error)) from error
         # Tests run in a process tree of another zygote: no program is ever a copy of a process that has seen a test.
         preload = [name for name in packages if name == "numpy"]
-        self._tests = Zygote(isolation, interpreter=interpreter, packages=packages, preload=preload)
+        try:
+            self._tests = Zygote(isolation, interpreter=interpreter, packages=packages, preload=preload)
+        except BaseException:
+            self._programs.close()
+            raise
 
     def __enter__(self) -> Sandbox:
         return self
