@@ -26,6 +26,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export-classes": ("opencoder.tools.export_classes", "encoder and class matrix of a checkpoint, to search in"),
     "retrieve": ("opencoder.tools.retrieve", "the classes that samples go with best"),
     "generate": ("opencoder.tools.generate", "text from a native or Hugging Face checkpoint"),
+    "evaluate": (
+        "opencoder.tools.evaluate",
+        "benchmarks of code in a sandbox, held-out loss, checkpoints as they appear",
+    ),
     "check-triton": ("opencoder.tools.check_triton", "compile the Triton kernels for GPUs without one"),
     "tune-kernels": ("opencoder.tools.tune_kernels", "find launch settings of the Triton kernels"),
     "demo": ("opencoder.tools.demo", "the whole path on the Python standard library, in minutes"),
@@ -41,6 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench-lexing": ("opencoder.tools.bench_lexing", "lexers beside Pygments, scanners and parsers of the signals"),
     "bench-engine": ("opencoder.tools.bench_engine", "time of the task engine per task"),
     "bench-hostile": ("opencoder.tools.bench_hostile", "time against length for texts made to be slow"),
+    "bench-evaluate": ("opencoder.tools.bench_evaluate", "time of the sandbox beside that of the programs in it"),
     "bench-preprocess": ("opencoder.tools.bench_preprocess", "tokenising speed beside a loop over HF tokenizers"),
 }
 

@@ -1,0 +1,1 @@
+"""Evaluation: tasks of benchmarks, a sandbox for the programs that models write, unbiased scores."""
