@@ -20,7 +20,7 @@ from opencoder.errors import DataError
 
 from .chat import ROLES, Message
 
-__all__ = ["PROBLEMS", "Conversation", "Problem", "find_files", "parse", "read_conversations", "read_rows", "texts_of"]
+__all__ = ["PROBLEMS", "Conversation", "Problem", "find_files", "parse", "read_conversations", "read_rows", "text_of"]
 
 PROBLEMS = (
     "broken_line",
@@ -121,10 +121,15 @@ def parse(row: dict[str, Any], place: str) -> Conversation | Problem:
     return Conversation(place, messages[: last + 1], str(row.get("id") or ""), str(row.get("language") or ""), trimmed)
 
 
-def texts_of(row: dict[str, Any]) -> list[str]:
-    """The texts of all turns of a row, for searches in them; none if it is no conversation."""
+def text_of(row: dict[str, Any]) -> str:
+    """The texts of all turns of a row, a blank line between two, for searches in them. Raises ValueError if it is no conversation."""
     turns = _turns(row)
-    return [] if isinstance(turns, str) else [turn["content"] for turn in turns if isinstance(turn["content"], str)]
+    if isinstance(turns, str):
+        raise ValueError(turns)
+    contents = [turn["content"] for turn in turns if turn["content"] is not None]
+    if not all(isinstance(content, str) for content in contents):
+        raise ValueError("a message has a content that is not a text")
+    return "\n\n".join(contents)
 
 
 def _turns(row: dict[str, Any]) -> list[dict[str, Any]] | str:
