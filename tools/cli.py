@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "preprocess": ("opencoder.tools.preprocess_data", "documents to a tokenised .bin/.idx dataset"),
     "preprocess-sft": ("opencoder.tools.preprocess_sft", "conversations to a tokenised dataset for tuning"),
     "make-sft": ("opencoder.tools.make_sft", "conversations for tuning out of real Python code"),
+    "sft-ablation": ("opencoder.tools.sft_ablation", "tuning in stages against tuning on a mix, at small scale"),
     "verify-dataset": ("opencoder.tools.verify_dataset", "check the integrity of a .bin/.idx dataset"),
     "train": ("opencoder.train.__main__", "train a model, or check a configuration with --dry-run"),
     "convert": ("opencoder.tools.convert_checkpoint", "checkpoints to and from Hugging Face format"),
