@@ -12,6 +12,7 @@ import torch
 
 from opencoder.checkpoint import folders, hf_export
 from opencoder.config import Config, validate
+from opencoder.data import tokenizer as tok
 from opencoder.data.sft import Packing, build_sft_dataset
 from opencoder.errors import ConfigError
 from opencoder.parallel.mesh import Mesh, create_mesh
@@ -94,12 +95,20 @@ def test_epochs_resume_layouts_and_weights(folder: Path) -> None:
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-11), layout
 
 
-def test_weights_start_a_run_at_another_layout(folder: Path) -> None:
-    """Those of a checkpoint of one process, native and exported."""
+def test_weights_start_a_run_at_another_layout(folder: Path, tokenizer: Path) -> None:
+    """Those of a checkpoint of one process, native and exported; the exported one ends its answers with their turn."""
     optim = {"lr": 0.1, "warmup_steps": 0, "schedule": "constant"}
-    short: dict[str, Any] = {"train": {"steps": 1}, "data": {"sft": {}}, "optim": optim}
+    short: dict[str, Any] = {
+        "train": {"steps": 1},
+        "data": {"sft": {}, "tokenizer": str(tokenizer)},
+        "model": {"vocab_size": 400},
+        "optim": optim,
+    }
     run_cases(run, 1, {"": (tree(folder, "base", **short),)})
     hf_export.export(folder / "base", folder / "hf")
+    loaded = tok.load(tokenizer)
+    generation = json.loads((folder / "hf" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [loaded.eod_id, loaded.im_end_id]
     cases = {
         name: (
             tree(folder, f"from-{name}", **short | {"checkpoint": {"load": str(folder / source)}}, parallel={"tp": 2}),
