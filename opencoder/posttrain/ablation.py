@@ -239,7 +239,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         left.bar_label(bars, fmt="%.2f", fontsize=8)
     left.set_xticks(range(len(ARMS)), ARMS)
     left.set_ylabel("held-out answer loss, nats per token")
-    left.legend(fontsize=8, loc="lower right")
+    left.margins(y=0.1)
+    left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)  # above, where it hides nothing
     stage1, stage2, mixed = (result["training_loss"][arm] for arm in (STAGE1, STAGE2, MIXED))
     right.plot(range(1, len(stage1) + 1), stage1, color="#8c8c8c", label=STAGE1)
     right.plot(range(len(stage1) + 1, len(stage1) + len(stage2) + 1), stage2, color="#1b6ca8", label="then stage 2")

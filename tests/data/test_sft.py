@@ -13,7 +13,8 @@ from opencoder.data.loader import BatchLoader, MicroBatch
 from opencoder.data.sft import Packing, SftBlend, build_sft_dataset
 from opencoder.data.sft_files import SftData, SftWriter, mask_path
 from opencoder.data.sft_packing import best_fit, efficiency, pack_rows
-from opencoder.errors import DataError
+from opencoder.data.verify import verify_dataset
+from opencoder.errors import DataError, VerificationError
 from tests.posttrain.cases import conversations, conversations_in, labels_of, write
 
 pytestmark = pytest.mark.fast
@@ -152,3 +153,18 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(AssertionError), SftWriter(tmp_path / "d", np.uint16) as writer:
         writer.add([1, 2], [True])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_verification_looks_at_the_mask(tmp_path: Path) -> None:
+    path = write(tmp_path / "e", conversations(5))
+    assert verify_dataset(path)["documents"] == 5
+    whole = mask_path(path).read_bytes()
+    mask_path(path).write_bytes(whole[:7] + b"\x02" + whole[8:])
+    with pytest.raises(VerificationError, match="byte 7 is 2"):
+        verify_dataset(path)
+    mask_path(path).write_bytes(whole[:-1])
+    with pytest.raises(VerificationError, match="truncated"):
+        verify_dataset(path)
+    write(path, [([1], [False])])
+    with pytest.raises(VerificationError, match="conversation 0 has fewer than 2 tokens"):
+        verify_dataset(path)
