@@ -58,7 +58,7 @@ def verify_dataset(prefix: str | Path) -> dict[str, Any]:
 
 
 def _check_mask(prefix: str | Path) -> None:
-    """The loss mask of conversations: there, as long as the dataset, of zeros and ones; and every conversation long enough for a target."""
+    """The loss mask of conversations: as long as the dataset, of zeros and ones; every conversation long enough for a target."""
     try:
         data = SftData(prefix)
     except DataError as error:
