@@ -231,6 +231,9 @@ class SftConfig(Branch):
     """Conversations, shuffled, that are packed together."""
     epochs: int | None = Field(None, ge=1)
     """Learn every conversation of every dataset so often, instead of train.steps or samples; the last update takes what is left."""
+    batch_conversations: int | None = Field(None, ge=1)
+    """Conversations per update, on average, instead of train.global_batch_size, which is set to as many samples as hold them: within
+    5 %, and a multiple of a power of two, so that it divides by ranks."""
 
 
 class DataConfig(Branch):

@@ -242,6 +242,10 @@ def _check_sft(config: Config) -> None:
         raise ConfigError("data.document_mask=false would let packed conversations see one another: remove the key")
     if d.fim is not None:
         raise ConfigError("data.fim is for text, not for conversations: remove it, or set data.kind=lm")
+    if d.stages and d.sft.batch_conversations is not None:
+        raise ConfigError(
+            "data.sft.batch_conversations is for the whole run: with data.stages set global_batch_size instead"
+        )
     if d.sft.epochs is None:
         return
     if d.stages:

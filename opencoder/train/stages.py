@@ -94,7 +94,7 @@ def asked_settings(config: Config, identity: Identity, fim: Fim | None) -> dict[
             document_mask=data.document_mask,
             fim=fim,
             data_seed=data.seed,
-            sft=Packing(**data.sft.model_dump()) if data.kind == "sft" else None,
+            sft=Packing(**data.sft.model_dump(exclude={"batch_conversations"})) if data.kind == "sft" else None,
         )
     return asked
 

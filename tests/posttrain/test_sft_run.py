@@ -16,10 +16,10 @@ from opencoder.data import tokenizer as tok
 from opencoder.data.sft import Packing, build_sft_dataset
 from opencoder.errors import ConfigError
 from opencoder.parallel.mesh import Mesh, create_mesh
-from opencoder.train.data import plan_stages, validation_loader
+from opencoder.train.data import TrainingData, plan_stages, validation_loader
 from opencoder.train.loop import Trainer
 from opencoder.train.metrics import read_rows
-from opencoder.train.sft_data import with_steps
+from opencoder.train.sft_data import resolved, rows_for
 from opencoder.train.stages import from_records
 from tests.harness import run_cases
 from tests.model.cases import SMALL
@@ -59,7 +59,7 @@ def tree(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
 
 
 def run(rank: int, world: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    config = with_steps(Config.model_validate(settings), world)
+    config = resolved(Config.model_validate(settings), world)
     validate(config, world)
     p = config.parallel
     Trainer(config, create_mesh(tp=p.tp, pp=p.pp, cp=p.cp), CPU).run()
@@ -125,7 +125,7 @@ def test_weights_start_a_run_at_another_layout(folder: Path, tokenizer: Path) ->
 
 def test_the_last_update_takes_what_is_left_and_a_contradiction_is_refused(folder: Path) -> None:
     settings = tree(folder, "x")
-    config = with_steps(Config.model_validate(settings), 1)
+    config = resolved(Config.model_validate(settings), 1)
     rows = build_sft_dataset(
         [(str(folder / name), 1.0) for name in "ab"], num_rows=0, seq_len=SEQ_LEN, seed=config.data.seed,
         packing=Packing(epochs=2), split="90,10,0",
@@ -139,9 +139,14 @@ def test_the_last_update_takes_what_is_left_and_a_contradiction_is_refused(folde
         ({"data": {"stages": [{"from_step": 1}]}}, "with data.stages set train.steps instead"),
     ):
         with pytest.raises(ConfigError, match=says):
-            with_steps(Config.model_validate(tree(folder, "x", **change)), 1)
+            resolved(Config.model_validate(tree(folder, "x", **change)), 1)
+    staged = tree(
+        folder, "x", data={"stages": [{"from_step": 1}], "sft": {"batch_conversations": 16}}, train={"steps": 4}
+    )
+    with pytest.raises(ConfigError, match=r"with data\.stages set global_batch_size"):
+        resolved(Config.model_validate(staged), 1)
     plain = Config.model_validate(tree(folder, "x", data={"sft": {}}, train={"steps": 3}))
-    assert with_steps(plain, 1) is plain
+    assert resolved(plain, 1) is plain
 
 
 def test_a_begun_run_keeps_its_packing(folder: Path) -> None:
@@ -160,3 +165,32 @@ def test_evaluation_reads_every_held_out_conversation_at_most_once(folder: Path)
     read = sum(int((mb.labels >= 0).sum()) for step in loader for mb in step)
     held_out = [*conversations(90)[81:], *conversations(40, seed=1)[36:]]
     assert read == sum(sum(mask[1:]) for _, mask in held_out)
+
+
+@pytest.mark.parametrize("epochs", [None, 2])
+def test_a_batch_counted_in_conversations(folder: Path, epochs: int | None) -> None:
+    """The batch is set so that an update has about so many; a run that was written down so is read again."""
+    sizes: dict[str, Any] = {
+        "data": {"sft": {"epochs": epochs, "batch_conversations": 60}},
+        "train": {"micro_batch_size": 1},
+    }
+    given = tree(folder, "x", **sizes)
+    del given["train"]["global_batch_size"]
+    given["train"]["steps"] = None if epochs else 4
+    config = resolved(Config.model_validate(given), 1)
+    validate(config, 1)
+    stage = plan_stages(config)[0]
+    (account,) = [TrainingData(config, [stage], Mesh(), step=0).account(stage, stage.end)]
+    conversations_read = sum(source["conversations"] for source in account["sources"])
+    rows = sum(source["rows"] for source in account["sources"])
+    assert conversations_read / rows * config.train.global_batch_size == pytest.approx(60, rel=0.1)
+    assert resolved(config, 1) == config
+    given["train"]["global_batch_size"] = 2
+    with pytest.raises(ConfigError, match=r"batch_conversations=60 takes \d+ samples, and train.global_batch_size=2"):
+        resolved(Config.model_validate(given), 1)
+
+
+def test_rows_of_a_batch_divide_by_ranks() -> None:
+    assert [rows_for(n, 4.0) for n in (1, 4, 60, 4096, 4100)] == [1, 1, 15, 1024, 1024]
+    assert rows_for(4096, 10.3) == 384
+    assert all(abs(rows_for(n, 1.0) / n - 1) <= 0.05 for n in range(1, 2000))
