@@ -38,6 +38,12 @@ class Shape:
         copy.size = self.size * by
         return copy
 
+    def odd(self, by):
+        """Cannot be moved to the margin."""
+# a comment at the margin
+        copy = self.scaled(by)
+        return copy
+
     def __repr__(self):
         """Say in words what this shape is."""
         text = "shape"
@@ -108,8 +114,9 @@ def test_which_functions_are_taken(tmp_path: Path) -> None:
         "with_doctest",
         "on_one_line",
         "too_few_or_many_lines",
+        "not_parseable_alone",
     )
-    assert [counts[reason] for reason in left_out] == [2, 1, 1, 1, 1, 1]
+    assert [counts[reason] for reason in left_out] == [2, 1, 1, 1, 1, 1, 1]
     assert found(tmp_path, "def f(:\n")[1]["files_not_parseable"] == 1
 
 
