@@ -194,3 +194,18 @@ def test_rows_of_a_batch_divide_by_ranks() -> None:
     assert [rows_for(n, 4.0) for n in (1, 4, 60, 4096, 4100)] == [1, 1, 15, 1024, 1024]
     assert rows_for(4096, 10.3) == 384
     assert all(abs(rows_for(n, 1.0) / n - 1) <= 0.05 for n in range(1, 2000))
+
+
+def test_stages_of_one_run_change_datasets_and_length(folder: Path) -> None:
+    """data.stages as for text: from step 2 on the other dataset, in longer rows."""
+    stages = [{"from_step": 2, "blend": [{"prefix": str(folder / "b")}], "seq_len": 60, "global_batch_size": 4}]
+    data = {"blend": [{"prefix": str(folder / "a")}], "sft": {}, "stages": stages}
+    config = resolved(Config.model_validate(tree(folder, "x", data=data, train={"steps": 4})), 1)
+    validate(config, 1)
+    planned = plan_stages(config)
+    training = TrainingData(config, planned, Mesh(), step=0)
+    shapes = [[tuple(mb.tokens.shape) for mb in step] for _, step in training.batches(0)]
+    assert shapes == [[(4, 48)] * 4] * 2 + [[(4, 60)]] * 2
+    sources = [training.account(stage, 4)["sources"] for stage in planned]
+    assert [[Path(source["prefix"]).name for source in each] for each in sources] == [["a"], ["b"]]
+    assert [each[0]["rows"] for each in sources] == [32, 8]
