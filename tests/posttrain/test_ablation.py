@@ -55,7 +55,7 @@ def test_the_whole_ablation(tmp_path: Path, tokenizer: Path) -> None:
     subprocess.run([sys.executable, "-m", "opencoder.train", str(tmp_path / "c.yaml")], check=True)
     source = str(Path(json.__file__).parents[1] / "email")
     setting = Setting(
-        str(model), (source,), broad=60, practical=30, held_out=8, epochs=2, seq_len=512, batch=4, lr=3e-3
+        str(model), (source,), broad=48, practical=24, held_out=8, epochs=2, seq_len=512, batch=4, lr=3e-3, threads=1
     )
     result = Ablation(setting, tmp_path / "out").run()
     losses = result["held_out_answer_loss"]
