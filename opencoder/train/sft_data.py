@@ -43,6 +43,13 @@ def resolved(config: Config, world_size: int) -> Config:
                 f"data.sft.batch_conversations={batch} takes {size} samples, and train.global_batch_size={train.global_batch_size}: "
                 "remove one of them"
             )
+        per_pass = train.micro_batch_size * data_parallel_size(config, world_size)
+        if size % per_pass:
+            below = size - size % per_pass
+            raise ConfigError(
+                f"data.sft.batch_conversations={batch} takes {size} samples, no multiple of micro_batch_size·dp = {per_pass}: lower "
+                f"train.micro_batch_size, or set train.global_batch_size={below or per_pass} instead"
+            )
     if epochs is not None:
         found["steps"] = steps = -(-sum(len(member) for member in dataset.members) // size)
         if train.steps is not None and train.steps != steps:

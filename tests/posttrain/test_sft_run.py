@@ -184,6 +184,10 @@ def test_a_batch_counted_in_conversations(folder: Path, epochs: int | None) -> N
     rows = sum(source["rows"] for source in account["sources"])
     assert conversations_read / rows * config.train.global_batch_size == pytest.approx(60, rel=0.1)
     assert resolved(config, 1) == config
+    with pytest.raises(
+        ConfigError, match=r"takes 13 samples, no multiple of micro_batch_size·dp = 4: .*global_batch_size=12 instead"
+    ):
+        resolved(Config.model_validate(given | {"train": given["train"] | {"micro_batch_size": 4}}), 1)
     given["train"]["global_batch_size"] = 2
     with pytest.raises(ConfigError, match=r"batch_conversations=60 takes \d+ samples, and train.global_batch_size=2"):
         resolved(Config.model_validate(given), 1)
