@@ -263,6 +263,20 @@ class FimConfig(Branch):
     """Prefix, middle and suffix sentinel; None: those of data.tokenizer."""
 
 
+class SftConfig(Branch):
+    """How conversations are put into samples, for data.kind sft."""
+
+    pack: bool = True
+    """Fill each sample with whole conversations that do not see one another; false: one conversation in a sample."""
+    window: int = Field(16384, ge=1)
+    """Conversations, shuffled, that are packed together."""
+    epochs: int | None = Field(None, ge=1)
+    """Learn every conversation of every dataset so often, instead of train.steps or samples; the last update takes what is left."""
+    batch_conversations: int | None = Field(None, ge=1)
+    """Conversations per update, on average, instead of train.global_batch_size, which is set to as many samples as hold them: within
+    5 %, and a multiple of a power of two, so that it divides by ranks."""
+
+
 class DataConfig(Branch):
     """What the model reads."""
 
@@ -282,12 +296,20 @@ class DataConfig(Branch):
     """Attention stays within a document, and positions restart with each."""
     fim: FimConfig | None = None
     """Fill-in-the-middle while training, not in evaluation; `preprocess --fim-rate` does it beforehand, by characters."""
+    sft: SftConfig = SftConfig()
+    """For kind sft."""
     stages: list[DataStage] = []
     """Changes of blend, seq_len or batch size at given steps. Evaluation keeps data.blend and data.seq_len."""
     cache_dir: str | None = None
     """Folder for sample indices, shared by all ranks and runs; None: PREFIX.cache beside each dataset."""
     workers: int = Field(0, ge=0)
     """Loader processes per rank; 0 reads in the training process."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _masked_for_sft(cls, given: Any) -> Any:
+        """Conversations never see one another, so the mask is on unless it is turned off, which config_rules.py refuses."""
+        return {"document_mask": True, **given} if isinstance(given, dict) and given.get("kind") == "sft" else given
 
 
 class RecomputeConfig(Branch):

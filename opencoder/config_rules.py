@@ -62,6 +62,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_length(config)
     _check_stages(config, data_parallel_size(config, world_size))
     _check_fim(config)
+    _check_sft(config)
     _check_tensor_parallel(config)
     _check_context(config)
     _check_recompute(config)
@@ -73,9 +74,7 @@ def validate(config: Config, world_size: int) -> None:
 
 def _check_available(config: Config) -> None:
     """Refuse what the tree can say but this version cannot do, so that no key is silently without effect."""
-    d = config.data
     missing = {
-        f"data.kind={d.kind}": d.kind == "sft",
         f"optim.name={config.optim.name}": config.optim.name == "lars",
         f"optim.schedule={config.optim.schedule}": config.optim.schedule == "fccs",
     }
@@ -296,6 +295,31 @@ def _check_fim(config: Config) -> None:
     if fim.ids is not None and (len(set(fim.ids)) < 3 or not all(0 <= i < vocabulary for i in fim.ids)):
         raise ConfigError(
             f"data.fim.ids={list(fim.ids)} must be three different ids below model.vocab_size={vocabulary}"
+        )
+
+
+def _check_sft(config: Config) -> None:
+    d = config.data
+    if d.kind != "sft":
+        if d.sft != type(d.sft)():
+            raise ConfigError("data.sft goes with data.kind=sft: set that too, or remove the key")
+        return
+    if not d.document_mask:
+        raise ConfigError("data.document_mask=false would let packed conversations see one another: remove the key")
+    if d.fim is not None:
+        raise ConfigError("data.fim is for text, not for conversations: remove it, or set data.kind=lm")
+    if d.stages and d.sft.batch_conversations is not None:
+        raise ConfigError(
+            "data.sft.batch_conversations is for the whole run: with data.stages set global_batch_size instead"
+        )
+    if d.sft.epochs is None:
+        return
+    if d.stages:
+        raise ConfigError("data.sft.epochs counts the whole run: with data.stages set train.steps instead")
+    if len({entry.weight for entry in d.blend}) > 1:
+        raise ConfigError(
+            "data.sft.epochs learns every conversation equally often, and data.blend has different weights: leave them out, or set "
+            "train.steps instead of data.sft.epochs"
         )
 
 

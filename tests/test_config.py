@@ -97,7 +97,7 @@ def test_wrong_keys_and_values_are_named(config_file: Path, override: str, says:
             "global_batch_size to 6 or 8",
         ),
         (["parallel.pp=4", "train.global_batch_size=6", "train.micro_batch_size=2"], 4, "to at least 8"),
-        (["data.kind=sft"], 1, "not available"),
+        (["data.sft.epochs=2"], 1, "data.sft goes with data.kind=sft"),
         (["data.fim={rate: 0.3}"], 1, "set data.tokenizer, or data.fim.ids"),
         (["data.fim={ids: [1, 2, 8192]}"], 1, "three different ids below model.vocab_size=8192"),
         (["data.fim={ids: [1, 2, 2]}"], 1, "three different ids below model.vocab_size=8192"),

@@ -26,6 +26,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export-classes": ("opencoder.tools.export_classes", "encoder and class matrix of a checkpoint, to search in"),
     "retrieve": ("opencoder.tools.retrieve", "the classes that samples go with best"),
     "generate": ("opencoder.tools.generate", "text from a native or Hugging Face checkpoint"),
+    "make-sft": ("opencoder.tools.make_sft", "conversations for tuning out of real Python code"),
+    "preprocess-sft": ("opencoder.tools.preprocess_sft", "conversations to a tokenised dataset for tuning"),
+    "sft-ablation": ("opencoder.tools.sft_ablation", "tuning in stages against tuning on a mix, at small scale"),
     "evaluate": (
         "opencoder.tools.evaluate",
         "benchmarks of code in a sandbox, held-out loss, checkpoints as they appear",

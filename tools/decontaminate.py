@@ -19,6 +19,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--action", choices=["report", "drop"], default="report", help="drop: also write what is clean")
     parser.add_argument("--ngram", type=int, default=10, help="tokens that a document and a task must share in a row")
     parser.add_argument("--text-column", help="column with the text; default: `text`, else `content`")
+    parser.add_argument(
+        "--conversations",
+        action="store_true",
+        help="rows are conversations (`messages`, or `instruction` and `output`): every turn is searched, names wherever they stand",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of DecontaminateConfig, e.g. entry_points=word"
@@ -31,12 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from opencoder.config_loading import parse_tree, read_tree
     from opencoder.corpus.decontaminate_files import decontaminate_files
     from opencoder.corpus_config import DecontaminateConfig
+    from opencoder.posttrain.conversations import text_of
 
     tree = read_tree(None, overrides)
     given = {"against": [p for p in args.against if p not in taken], "action": args.action, "ngram": args.ngram}
+    if args.conversations:
+        given["entry_points"] = "word"
     config = parse_tree(DecontaminateConfig, {**given, **tree})
     inputs = [p for p in args.input if p not in taken]
-    report = decontaminate_files(inputs, args.output, config, text_column=args.text_column, overwrite=args.overwrite)
+    text = {"text_of": text_of if args.conversations else None, "text_column": args.text_column}
+    report = decontaminate_files(inputs, args.output, config, overwrite=args.overwrite, **text)
     looked_for, counts = report["looked_for"], report["counts"]
     for benchmark, tasks in looked_for["benchmarks"].items():
         found = sum(row["benchmark"] == benchmark for row in report["documents_by_task"])

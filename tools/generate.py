@@ -49,10 +49,16 @@ def continue_text(model: Any, tokenizer_folder: Path, prompt: str, args: argpars
     """The prompt and its continuation as text."""
     from transformers import AutoTokenizer
 
+    from opencoder.data.tokenizer import TURN_END
+
     tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
+    stops: dict[str, Any] = {}
     if args.chat:
         turns = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        # An answer ends with its turn, as well as with the document.
+        ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get(TURN_END)} - {None}
+        stops["eos_token_id"] = sorted(ends)
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     sampling = {"temperature": args.temperature, "top_p": args.top_p} if args.temperature > 0 else {}
     output = model.generate(
@@ -61,6 +67,7 @@ def continue_text(model: Any, tokenizer_folder: Path, prompt: str, args: argpars
         max_new_tokens=args.max_new_tokens,
         do_sample=args.temperature > 0,
         pad_token_id=tokenizer.pad_token_id,
+        **stops,
         **sampling,
     )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))

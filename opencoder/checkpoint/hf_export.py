@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 
 from opencoder.config import ModelConfig
 from opencoder.console import ProgressBar
+from opencoder.data import tokenizer as tok
 from opencoder.errors import DataError
 from opencoder.files import replace_directory, temporary_name, write_json
 from opencoder.model.decoder import Decoder, named_parameters
@@ -92,7 +93,12 @@ def _write_rest(folder: Path, output: Path, config: ModelConfig, plan: _Plan) ->
         for file in sorted(tokenizer.iterdir()):
             shutil.copy2(file, output / file.name)
     write_json(output / "config.json", hf_config(config, plan.target, ids))
-    write_json(output / "generation_config.json", {"_from_model_config": False, **(ids.as_dict() if ids else {})})
+    generation: dict[str, Any] = {"_from_model_config": False, **(ids.as_dict() if ids else {})}
+    if ids is not None and native.read_config(folder).data.kind == "sft":
+        # Tuned answers end with their turn; without this, transformers would go on after it.
+        ends = [ids.eos_token_id, tok.load(tokenizer).im_end_id]
+        generation["eos_token_id"] = [end for end in dict.fromkeys(ends) if end is not None]
+    write_json(output / "generation_config.json", generation)
     if len(plan.groups) > 1:
         total = sum(torch.Size(s).numel() for s in plan.shapes.values()) * plan.target.itemsize
         names = {key: plan.name(i) for i, keys in enumerate(plan.groups) for key in keys}

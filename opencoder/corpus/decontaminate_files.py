@@ -61,6 +61,8 @@ class _Document:
 
 
 Write = Callable[[_Document], None]
+TextOf = Callable[[dict[str, Any]], str]
+"""The text of a row, where it is not in one column. Raises ValueError for a row without."""
 
 
 def decontaminate_files(
@@ -69,13 +71,15 @@ def decontaminate_files(
     config: DecontaminateConfig,
     *,
     text_column: str | None = None,
+    text_of: TextOf | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Check every document of `inputs` (files, or folders of them) against `config.against`; returns the report.
 
     `output` is a folder, which gets matches.parquet, report.json and, if the action is drop, the documents without a match
     under clean/ in the format they came in; or a file .jsonl or .parquet for the matches alone (action report). Written
-    whole or not at all. Raises UserError for what cannot be asked for, DataError with file and line or row for bad data."""
+    whole or not at all. `text_of` gives a row's text instead of `text_column`. Raises UserError for what cannot be asked for,
+    DataError with file and line or row for bad data."""
     output = Path(output)
     if not config.against:
         raise UserError("nothing to look for: name humaneval or a jsonl file of tasks")
@@ -86,15 +90,16 @@ def decontaminate_files(
         _check_folder(output, overwrite)
     files = find_files(inputs)
     decontaminator = Decontaminator.of_config(config)
+    text = text_of or text_column
     if table:
         with atomic_path(output) as temporary:
-            return _run(files, decontaminator, text_column, temporary, output.suffix, None)
+            return _run(files, decontaminator, text, temporary, output.suffix, None)
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         clean = temporary / "clean" if config.action == "drop" else None
-        report = _run(files, decontaminator, text_column, temporary / "matches.parquet", ".parquet", clean)
+        report = _run(files, decontaminator, text, temporary / "matches.parquet", ".parquet", clean)
         write_json(temporary / "report.json", report)
         replace_directory(temporary, output)
     except BaseException:
@@ -138,7 +143,7 @@ def find_files(inputs: Sequence[str]) -> list[tuple[str, Path]]:
 def _run(
     files: list[tuple[str, Path]],
     decontaminator: Decontaminator,
-    text_column: str | None,
+    text: TextOf | str | None,
     matches_path: Path,
     suffix: str,
     clean: Path | None,
@@ -152,7 +157,7 @@ def _run(
         write_match = stack.enter_context(_match_writer(matches_path, suffix))
         for name, path in files:
             with _copier(path, clean / name if clean else None) as keep:
-                for document in _documents(path, text_column):
+                for document in _documents(path, text):
                     found = decontaminator.check(document.text)
                     counts["documents"] += 1
                     counts["contaminated"] += bool(found)
@@ -197,12 +202,18 @@ def _match_row(name: str, document: _Document, match: Any) -> dict[str, Any]:
 # ---- reading ----
 
 
-def _documents(path: Path, text_column: str | None) -> Iterator[_Document]:
+def _documents(path: Path, text: TextOf | str | None) -> Iterator[_Document]:
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-    column = text_column
+    column = text if isinstance(text, str) else None
     try:
         for number, row in rows:
             where = f"{path}, row {number}"
+            if callable(text):
+                try:
+                    yield _Document(number, text(row), row)
+                except ValueError as error:
+                    raise DataError(f"{where}: {error}") from error
+                continue
             if column is None:
                 column = next((c for c in TEXT_COLUMNS if c in row), None)
             if column is None or column not in row:

@@ -13,6 +13,7 @@ from opencoder.console import ProgressBar
 from opencoder.errors import DataError, VerificationError
 
 from .indexed import IndexedDataset
+from .sft_files import SftData, mask_path
 
 BLOCK_TOKENS = 1 << 24
 
@@ -42,6 +43,8 @@ def verify_dataset(prefix: str | Path) -> dict[str, Any]:
     for name, found in (("tokens", tokens), ("documents", documents)):
         if name in facts and facts[name] != found:
             raise VerificationError(f"{described} says {facts[name]} {name}, the dataset has {found}")
+    if facts.get("kind") == "sft" or mask_path(prefix).exists():
+        _check_mask(prefix)
     rows = Path(f"{prefix}.docs.parquet")
     if rows.is_file() and (n := pq.ParquetFile(rows).metadata.num_rows) != documents:
         raise VerificationError(f"{rows} describes {n} documents, the dataset has {documents}")
@@ -52,6 +55,22 @@ def verify_dataset(prefix: str | Path) -> dict[str, Any]:
         "largest_id": largest,
         "dtype": np.dtype(data.dtype).name,
     }
+
+
+def _check_mask(prefix: str | Path) -> None:
+    """The loss mask of conversations: as long as the dataset, of zeros and ones; every conversation long enough for a target."""
+    try:
+        data = SftData(prefix)
+    except DataError as error:
+        raise VerificationError(str(error)) from error
+    for begin in range(0, len(data.mask), BLOCK_TOKENS):
+        block = data.mask[begin : begin + BLOCK_TOKENS]
+        if block.max() > 1:
+            at = int(np.argmax(block > 1))
+            raise VerificationError(f"{prefix}.mask: byte {begin + at} is {int(block[at])}; allowed are 0 and 1")
+    short = np.flatnonzero(data.indexed.sizes < 2)
+    if len(short):
+        raise VerificationError(f"{prefix}: conversation {int(short[0])} has fewer than 2 tokens, so nothing to learn")
 
 
 def _check_ids(data: IndexedDataset, prefix: str | Path, vocab_size: int | None) -> int:

@@ -23,12 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(args.config, args.overrides)
 
     from .environment import environment, restarts_left, world_size
+    from .sft_data import resolved
 
     if args.world_size is not None and not args.dry_run:
         raise ConfigError("--world-size belongs to --dry-run: start real processes with torchrun --nproc-per-node")
     if args.world_size is not None and args.world_size < 1:
         raise ConfigError(f"--world-size={args.world_size} must be at least 1")
     size = args.world_size or world_size()
+    config = resolved(config, size)
     validate(config, size)
     if args.dry_run:
         from .estimate import describe

@@ -19,12 +19,15 @@ from opencoder.data.groups import GroupNames
 from opencoder.data.indexed import IndexedDataset
 from opencoder.data.lm import BlendedDataset, build_lm_dataset
 from opencoder.data.loader import BatchLoader, MicroBatch
+from opencoder.data.sft import SftBlend
+from opencoder.data.sft_files import SftData
 from opencoder.errors import ConfigError
 from opencoder.parallel.layout import stage_ranks
 from opencoder.parallel.mesh import Mesh
 
 from .class_data import class_settings
 from .stages import Settings, Stage, asked_settings, from_records, micro_batch_size_at, plan
+from .sft_data import open_sft, sft_account, sft_validation
 
 TRAIN, VALID = 0, 1
 """Parts of `data.split`."""
@@ -53,6 +56,8 @@ def plan_stages(
 def _asked(config: Config) -> dict[int, Settings]:
     if config.data.kind == "classification":
         return class_settings(config)
+    if config.data.kind == "sft":
+        return asked_settings(config, lambda prefix: SftData(prefix).identity, None)
     return asked_settings(config, lambda prefix: IndexedDataset(prefix).identity, _fim(config))
 
 
@@ -115,6 +120,8 @@ class TrainingData:
         dataset, settings = self.datasets[self.stages.index(stage)], stage.settings
         steps = min(step, stage.end) - stage.first_step
         samples = steps * settings.global_batch_size
+        if isinstance(dataset, SftBlend):
+            return {"first_step": stage.first_step, "steps": steps, **sft_account(dataset, settings, samples)}
         counts = [samples]
         if not isinstance(dataset, GPTDataset):
             counts = np.bincount(dataset.member[:samples], minlength=len(settings.blend)).tolist()
@@ -155,9 +162,11 @@ class TrainingData:
 
 
 def _blend_text(account: dict[str, Any]) -> str:
-    return ", ".join(
+    shares = ", ".join(
         f"{source['prefix']} {source['achieved']:.3%} of {source['asked']:.3%}" for source in account["sources"]
     )
+    packing = account.get("packing_efficiency")
+    return shares if packing is None else f"{shares}; {packing:.2%} of the places hold a conversation"
 
 
 def _needs_text(config: Config, mesh: Mesh) -> bool:
@@ -168,7 +177,9 @@ def _needs_text(config: Config, mesh: Mesh) -> bool:
 
 def _dataset(
     settings: Settings, num_samples: int, seed: int, part: int, cache: IndexCache
-) -> GPTDataset | BlendedDataset:
+) -> GPTDataset | BlendedDataset | SftBlend:
+    if settings.sft is not None:
+        return open_sft(settings, num_samples, seed, cache)
     return build_lm_dataset(
         [(source.prefix, source.weight) for source in settings.blend],
         num_samples=num_samples,
@@ -199,15 +210,18 @@ def validation_loader(config: Config, mesh: Mesh, *, pin_memory: bool = False) -
     data = config.data
     if not data.blend:
         raise ConfigError("data.blend is empty: give at least one {prefix, weight}")
-    dataset = build_lm_dataset(
-        [(entry.prefix, entry.weight) for entry in data.blend],
-        num_samples=size,
-        seq_len=data.seq_len,
-        seed=data.seed,
-        split=data.split,
-        part=VALID,
-        cache=_index_cache(data.cache_dir),
-    )
+    cache = _index_cache(data.cache_dir)
+    dataset: Any = sft_validation(config, size, cache)
+    if dataset is None:
+        dataset = build_lm_dataset(
+            [(entry.prefix, entry.weight) for entry in data.blend],
+            num_samples=size,
+            seq_len=data.seq_len,
+            seed=data.seed,
+            split=data.split,
+            part=VALID,
+            cache=cache,
+        )
     return BatchLoader(
         dataset,
         global_batch_size=per_pass * math.gcd(size // per_pass, mesh.pp.size),

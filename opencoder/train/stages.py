@@ -15,6 +15,7 @@ from typing import Any
 from opencoder.config import BlendEntry, Config
 from opencoder.config_rules import phases
 from opencoder.data.fim import Fim, FimIds
+from opencoder.data.sft import Packing
 from opencoder.errors import ConfigError
 
 Identity = Callable[[str], str]
@@ -43,6 +44,8 @@ class Settings:
     fim: Fim | None
     """Its seed is that of the data; a stage replaces it by its own."""
     data_seed: int
+    sft: Packing | None = None
+    """None: text."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def asked_settings(config: Config, identity: Identity, fim: Fim | None) -> dict[
             document_mask=data.document_mask,
             fim=fim,
             data_seed=data.seed,
+            sft=Packing(**data.sft.model_dump(exclude={"batch_conversations"})) if data.kind == "sft" else None,
         )
     return asked
 
@@ -161,6 +165,7 @@ KEYS = {
     "document_mask": "data.document_mask",
     "fim": "data.fim",
     "data_seed": "data.seed",
+    "sft": "data.sft",
 }
 
 
@@ -199,5 +204,7 @@ def from_records(records: Sequence[dict[str, Any]], before: Callable[[], Setting
         fields["blend"] = tuple(Source(**source) for source in fields["blend"])
         if fields["fim"] is not None:
             fields["fim"] = Fim(**{**fields["fim"], "ids": FimIds(*fields["fim"]["ids"])})
+        if fields.get("sft") is not None:
+            fields["sft"] = Packing(**fields["sft"])
         stages.append(Stage(**{**record, "settings": Settings(**fields)}))
     return stages

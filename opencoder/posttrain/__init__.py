@@ -1,0 +1,1 @@
+"""Post-training: chat template, tuning data, and the ablation of its stages."""

@@ -1,0 +1,21 @@
+"""The example configurations of the two stages say what docs/posttraining.md says of them, and are valid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from opencoder.config import load_config, validate
+
+pytestmark = pytest.mark.fast
+FOLDER = Path(__file__).parents[2] / "examples" / "posttraining"
+
+
+@pytest.mark.parametrize(("name", "epochs", "batch", "lr"), [("stage1", 1, 4096, 2e-5), ("stage2", 3, 512, 5e-5)])
+def test_stages_are_the_published_ones(name: str, epochs: int, batch: int, lr: float) -> None:
+    config = load_config(FOLDER / f"{name}.yaml", ["train.steps=1000"])  # as data.sft.epochs comes to with data
+    validate(config, 8)
+    assert (config.data.kind, config.data.sft.epochs, config.train.global_batch_size) == ("sft", epochs, batch)
+    assert (config.optim.schedule, config.optim.lr, config.optim.warmup_steps) == ("cosine", lr, 100)
+    assert config.checkpoint.load is not None
