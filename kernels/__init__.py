@@ -9,6 +9,7 @@ of an unrelated package that transformers probes for. Names are therefore handed
 if __name__ == "opencoder.kernels":
     from ._dispatch import UnsupportedKernel, chosen, explain, use
     from .attention import attention, attention_backward
+    from .classes import neighbour_priority, smallest_keys
     from .cross_entropy import ce_grad, ce_stats, cross_entropy
     from .elementwise import rotary, swiglu
     from .linear_cross_entropy import linear_cross_entropy
@@ -27,8 +28,10 @@ if __name__ == "opencoder.kernels":
         "explain",
         "grad_norm",
         "linear_cross_entropy",
+        "neighbour_priority",
         "rms_norm",
         "rotary",
+        "smallest_keys",
         "swiglu",
         "use",
     ]

@@ -46,6 +46,8 @@ ORDER: dict[str, Order] = {
     "linear_cross_entropy": _LISTS,
     "adamw_step": _LISTS,
     "grad_norm": _LISTS,
+    "neighbour_priority": {"cpu": ("torch", "reference"), "cuda": ("torch", "reference")},
+    "smallest_keys": {"cpu": ("torch", "reference"), "cuda": ("torch", "reference")},
 }
 
 

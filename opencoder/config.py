@@ -53,7 +53,7 @@ class HeadConfig(Branch):
     """The output layer. All but `kind` and `chunk_tokens` is for kind class."""
 
     kind: Literal["vocab", "class"] = "vocab"
-    """vocab: next-token prediction, vocabulary split over tp. class: a label for each sample, of very many (not available yet)."""
+    """vocab: next-token prediction, vocabulary split over tp. class: a label for each sample, of very many."""
     chunk_tokens: int = Field(512, ge=1)
     """Tokens whose logits exist at one time; the loss and its gradient are worked out chunk by chunk."""
     classes: int | None = Field(None, ge=2)
@@ -93,6 +93,17 @@ class HeadConfig(Branch):
     state_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of optimizer state, and of master rows where weights are shorter."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_exchange(cls, given: Any) -> Any:
+        asked = [key for key in ("grad_exchange", "grad_compression") if isinstance(given, dict) and key in given]
+        if asked:
+            raise ValueError(
+                f"{asked[0]}: a row of the class matrix belongs to one rank, so that its gradient is not exchanged and cannot be made "
+                "sparse on the way; remove the key (parallel.grad_compression is for the other parameters)"
+            )
+        return given
+
     @model_validator(mode="after")
     def _fits_its_kind(self) -> HeadConfig:
         if self.kind == "class" and self.classes is None:
@@ -105,6 +116,24 @@ class HeadConfig(Branch):
         ]
         if self.kind == "vocab" and others:
             raise ValueError(f"{', '.join(others)}: for kind class alone; set kind: class, or remove what is for it")
+        return self
+
+
+class EncoderConfig(Branch):
+    """What makes a feature of a sample, for head kind class."""
+
+    input: Literal["tokens", "features"] = "tokens"
+    """tokens: the decoder's layers, and one feature of the hidden states of a sample. features: numbers come in, and as many layers of
+    gated units follow, with no attention; of the model's sizes, hidden_size, ffn_size and layers count."""
+    width: int | None = Field(None, ge=1)
+    """Numbers of a sample, for input: features."""
+    pool: Literal["mean", "last"] = "mean"
+    """Hidden state that stands for a sample: the mean over its tokens, or that of the last one."""
+
+    @model_validator(mode="after")
+    def _fits_its_input(self) -> EncoderConfig:
+        if (self.input == "features") != (self.width is not None):
+            raise ValueError("`width` is needed with input: features, and only there")
         return self
 
 
@@ -139,6 +168,8 @@ class ModelConfig(Branch):
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the normal initialisation of every matrix."""
     head: HeadConfig = HeadConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    """For head kind class."""
 
     @model_validator(mode="before")
     @classmethod
@@ -150,7 +181,12 @@ class ModelConfig(Branch):
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"preset {preset!r} does not exist; presets: {', '.join(PRESETS)}")
         merged = {**PRESETS.get(preset or "", {}), **{k: v for k, v in given.items() if v is not None}}
-        hidden, heads, vocab = (merged.get(k) for k in ("hidden_size", "heads", "vocab_size"))
+        hidden, encoder = merged.get("hidden_size"), merged.get("encoder")
+        if isinstance(encoder, dict) and encoder.get("input") == "features":  # no attention, no ids
+            merged = {"heads": 1, "head_dim": 2, "vocab_size": 2, **merged}
+            if isinstance(hidden, int):
+                merged.setdefault("ffn_size", 4 * hidden)
+        heads, vocab = merged.get("heads"), merged.get("vocab_size")
         if heads is not None:
             merged.setdefault("kv_heads", heads)
         if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0:
@@ -226,11 +262,14 @@ class DataConfig(Branch):
     """What the model reads."""
 
     kind: Literal["lm", "sft", "classification"] = "lm"
+    """classification: one dataset of `opencoder write-classification` in `blend`, for model.head.kind: class."""
     tokenizer: str | None = None
     """Folder of an HF tokenizer; copied into every checkpoint and checked against dataset and model."""
     blend: list[BlendEntry] = []
     seq_len: int = Field(1024, ge=1)
     """Tokens per sample."""
+    validation: str | None = None
+    """For kind classification: PREFIX of the dataset that is evaluated; None: no evaluation."""
     split: str = "1,0,0"
     """Relative shares of training, validation and test documents."""
     seed: int = 1234

@@ -57,6 +57,7 @@ def phases(config: Config) -> list[Phase]:
 def validate(config: Config, world_size: int) -> None:
     """Every rule between fields, for a job of `world_size` processes. Raises ConfigError (value, limit, remedy)."""
     _check_available(config)
+    _check_classes(config, world_size)
     _check_model(config)
     _check_length(config)
     _check_stages(config, data_parallel_size(config, world_size))
@@ -74,14 +75,80 @@ def _check_available(config: Config) -> None:
     """Refuse what the tree can say but this version cannot do, so that no key is silently without effect."""
     d = config.data
     missing = {
-        f"model.head.kind={config.model.head.kind}": config.model.head.kind != "vocab",
-        f"data.kind={d.kind}": d.kind != "lm",
+        f"data.kind={d.kind}": d.kind == "sft",
         f"optim.name={config.optim.name}": config.optim.name == "lars",
         f"optim.schedule={config.optim.schedule}": config.optim.schedule == "fccs",
     }
     for key, asked in missing.items():
         if asked:
             raise ConfigError(f"{key} is not available in this version: remove the key or set it to its default")
+
+
+def _check_classes(config: Config, world_size: int) -> None:
+    """The class head, and the data and layouts that go with it."""
+    m, d, p = config.model, config.data, config.parallel
+    if m.head.kind == "vocab":
+        only = {
+            f"data.kind={d.kind}": d.kind == "classification",
+            f"data.validation={d.validation}": d.validation is not None,
+            "model.encoder": m.encoder != type(m.encoder)(),
+        }
+        for key, asked in only.items():
+            if asked:
+                raise ConfigError(f"{key} goes with model.head.kind=class: set that too, or remove the key")
+        return
+    if d.kind != "classification":
+        raise ConfigError(
+            f"model.head.kind=class learns from labelled samples: set data.kind=classification, not {d.kind}"
+        )
+    features = m.encoder.input == "features"
+    refused = {
+        f"parallel.pp={p.pp}": (p.pp > 1, "the class head needs all of the model on each rank"),
+        f"parallel.cp={p.cp}": (p.cp > 1, "samples of one label are not cut over ranks"),
+        "parallel.sequence_parallel=true": (p.sequence_parallel, "samples of one label are not cut over ranks"),
+        f"parallel.tp={p.tp}": (
+            p.tp > 1 and m.head.class_group != "tp",
+            "with tensor parallelism the class matrix is split over tp: set model.head.class_group=tp",
+        ),
+        "model.tie_embeddings=true": (
+            m.tie_embeddings,
+            f"rows of the class matrix are classes, not tokens, and are updated row by row (row_update={m.head.row_update})",
+        ),
+        "data.fim": (d.fim is not None, "samples have labels, not targets"),
+        "data.document_mask=true": (d.document_mask, "a sample is one text"),
+        f"data.split={d.split}": (d.split != "1,0,0", "a dataset is read whole: name another in data.validation"),
+        f"train.z_loss={config.train.z_loss}": (config.train.z_loss > 0, "it is for vocabularies"),
+        "train.recompute": (
+            features and bool(config.train.recompute.modules),
+            "an encoder of features recomputes nothing",
+        ),
+    }
+    for key, (asked, why) in refused.items():
+        if asked:
+            raise ConfigError(f"{key} does not go with model.head.kind=class: {why}; set it to its default otherwise")
+    _check_class_count(config, world_size)
+    for blend in (d.blend, *(stage.blend for stage in d.stages if stage.blend is not None)):
+        if len(blend) != 1:
+            raise ConfigError(
+                f"data.kind=classification reads one dataset at a time: give one {{prefix}}, not {len(blend)}"
+            )
+    if (config.train.eval_every is None) != (d.validation is None):
+        raise ConfigError("data.validation and train.eval_every go together: set both, or none")
+
+
+def _check_class_count(config: Config, world_size: int) -> None:
+    head, p = config.model.head, config.parallel
+    assert head.classes is not None
+    ranks = {"tp": p.tp, "dp_cp": world_size // (p.tp * p.pp), "world": world_size}[head.class_group]
+    if ranks > head.classes:
+        raise ConfigError(
+            f"model.head.classes={head.classes} cannot be split over the {ranks} ranks of model.head.class_group="
+            f"{head.class_group}: each needs one at least; start fewer processes, or choose a smaller group"
+        )
+    if head.selection == "knn" and head.neighbours > head.classes:
+        raise ConfigError(
+            f"model.head.neighbours={head.neighbours} is more than model.head.classes={head.classes}: set it to at most that"
+        )
 
 
 def _check_model(config: Config) -> None:

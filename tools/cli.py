@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run-tasks": ("opencoder.tools.run_tasks", "one element of a job array does its share of a corpus build"),
     "train-tokenizer": ("opencoder.tools.train_tokenizer", "train a byte-level BPE tokenizer"),
     "preprocess": ("opencoder.tools.preprocess_data", "documents to a tokenised .bin/.idx dataset"),
+    "write-classification": ("opencoder.tools.write_classification", "labelled samples to a memory-mapped dataset"),
     "verify-dataset": ("opencoder.tools.verify_dataset", "check the integrity of a .bin/.idx dataset"),
     "train": ("opencoder.train.__main__", "train a model, or check a configuration with --dry-run"),
     "convert": ("opencoder.tools.convert_checkpoint", "checkpoints to and from Hugging Face format"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -31,12 +31,15 @@ class MicroBatch(NamedTuple):
     """Longest document, tokens."""
     groups: torch.Tensor | None = None
     """(B, S, 2) int16: source and language of the document that each label is from, as data/groups.py numbers them."""
+    lengths: torch.Tensor | None = None
+    """(B,) int64: tokens of each sample that are not padding, where a sample has one label (data/classification.py). Then `labels`
+    is (B,), and `tokens` may be features (B, width)."""
 
 
 class _Samples(Protocol):
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: int) -> Any: ...
 
 
 class _Bounded(_Samples, Protocol):
@@ -80,9 +83,10 @@ class BatchLoader:
         workers: int = 0,
         text: bool = True,
         pin_memory: bool = False,
+        collate: Callable[[list[Any]], MicroBatch] | None = None,
     ) -> None:
         """`text` False: the tokens and labels are not read, and stand there masked. `pin_memory`: batches lie in memory that a
-        GPU can copy from on its own."""
+        GPU can copy from on its own. `collate` stacks samples of another kind than text."""
         per_pass = micro_batch_size * dp_size
         if global_batch_size % per_pass:
             raise ConfigError(
@@ -94,7 +98,8 @@ class BatchLoader:
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.start_sample = start_sample
         self.end_sample = len(dataset) if end_sample is None else end_sample
-        self.document_mask, self.workers, self.pin_memory = document_mask, workers, pin_memory
+        self.collate = collate or _Collate(document_mask)
+        self.workers, self.pin_memory = workers, pin_memory
 
     def _batches(self) -> Iterator[list[int]]:
         """Indices of each of this rank's micro-batches, in order; an incomplete last global batch is left out."""
@@ -109,7 +114,7 @@ class BatchLoader:
             self.dataset,  # type: ignore[arg-type]  # a map-style dataset by its methods
             batch_sampler=self._batches(),  # any iterable will do
             num_workers=self.workers,
-            collate_fn=_Collate(self.document_mask),
+            collate_fn=self.collate,
             prefetch_factor=2 if self.workers else None,
             pin_memory=self.pin_memory,
         )

@@ -39,7 +39,7 @@ class Part(NamedTuple):
     """Holds the last norm and the head."""
 
 
-class _How(NamedTuple):
+class How(NamedTuple):
     """How the layers work over the tensor-parallel ranks."""
 
     tokens_split: bool
@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, how: _How) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, how: How) -> None:
         super().__init__()
         self.head_dim, self.how = config.head_dim, how
         width, queries, keys = config.hidden_size, config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -92,7 +92,7 @@ class MLP(nn.Module):
     """down(silu(gate(x)) · up(x)). The product in the brackets is not kept for the backward pass but made again: gate and up
     are kept in any case, and it is a third of what the layer would keep."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, how: _How, *, keep_product: bool) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, how: How, *, keep_product: bool) -> None:
         """`keep_product` where the whole block is recomputed anyway."""
         super().__init__()
         self.how, self.keep_product = how, keep_product
@@ -114,7 +114,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer, pre-norm. Takes and gives (update, residual): the addition is fused into the next norm."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, how: _How, *, recompute: frozenset[str] = frozenset()) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, how: How, *, recompute: frozenset[str] = frozenset()) -> None:
         """`recompute`: which of its modules run again in the backward pass, "full" for all of it."""
         super().__init__()
         # A layer that runs again whole keeps nothing between: to make norms again there would keep their sums.
@@ -187,7 +187,7 @@ class Decoder(nn.Module):
         split_backward = parallel.schedule in ("zb", "zbv")
         overlap = not split_backward if parallel.overlap is None else parallel.overlap
         tokens_split = parallel.sequence_parallel and mesh.tp.size > 1
-        how = _How(tokens_split, overlap)
+        how = How(tokens_split, overlap)
         self.tokens_split_over = mesh.tp.size if tokens_split else 1
         """Ranks that share the tokens of a hidden state."""
         self.config, self.cp, self.context_attention = config, mesh.cp, parallel.context_attention
@@ -267,8 +267,9 @@ def rotary_table(
 
 
 def key_of(name: str) -> str:
-    """The checkpoint key of a parameter name: the name it has in a Hugging Face Llama checkpoint."""
-    return name if name.startswith("lm_head.") else f"model.{name}"
+    """The checkpoint key of a parameter name: the name it has in a Hugging Face Llama checkpoint. An encoder's trunk has the keys
+    of a decoder's layers."""
+    return name if name.startswith("lm_head.") else f"model.{name.removeprefix('trunk.')}"
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

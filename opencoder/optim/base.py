@@ -32,9 +32,10 @@ class Optimizer(Protocol):
         """The main gradients of these parameters are complete for this step: their sum over the ranks may be started. May be
         called for some of them or for none: what was not started is reduced in `finish_reduction`."""
 
-    def finish_reduction(self) -> torch.Tensor:
+    def finish_reduction(self, others_sq_norm: torch.Tensor | None = None) -> torch.Tensor:
         """Sum all gradients over the ranks that their placements name; returns the global gradient norm before clipping,
-        0-dim, the same on every rank. Raises RuntimeError for a parameter without a gradient."""
+        0-dim, the same on every rank. `others_sq_norm`: squared norm of gradients that are not this optimizer's, equal on all
+        ranks, which counts too. Raises RuntimeError for a parameter without a gradient."""
 
     def step(self, *, lr: float, skip: torch.Tensor | None = None) -> torch.Tensor:
         """Clip by the norm of `finish_reduction`, update, drop the gradients. Returns the clip factor, 0-dim (1: not

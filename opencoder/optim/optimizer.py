@@ -18,7 +18,7 @@ from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import Placement, placement_of
 
 from .base import StateTensor
-from .update import STATE_NAMES, Piece, Settings, clip_factor, settings_of, update
+from .update import STATE_NAMES, Piece, Settings, clip_factor, settings_of, update, with_others
 
 
 class ReplicatedOptimizer:
@@ -68,11 +68,11 @@ class ReplicatedOptimizer:
     def start_reduction(self, keys: Iterable[str]) -> None:
         """Nothing: all gradients are reduced together in `finish_reduction`."""
 
-    def finish_reduction(self) -> torch.Tensor:
+    def finish_reduction(self, others_sq_norm: torch.Tensor | None = None) -> torch.Tensor:
         """Sum gradients over the axes of their placements; returns the global gradient norm before clipping, 0-dim."""
         gradients = self.gradients()
         reduce_gradients(gradients, self.mesh)
-        self._norm = global_grad_norm(gradients, self.mesh)
+        self._norm = with_others(global_grad_norm(gradients, self.mesh), others_sq_norm)
         return self._norm
 
     def step(self, *, lr: float, skip: torch.Tensor | None = None) -> torch.Tensor:

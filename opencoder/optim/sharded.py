@@ -19,7 +19,7 @@ from opencoder.parallel.placement import placement_of
 from opencoder.parallel.sharded import Bucket, Buckets
 
 from .base import StateTensor
-from .update import STATE_NAMES, Piece, Settings, clip_factor, settings_of, update
+from .update import STATE_NAMES, Piece, Settings, clip_factor, settings_of, update, with_others
 
 
 class ShardedOptimizer:
@@ -118,7 +118,7 @@ class ShardedOptimizer:
         self.fold_gradients(keys)
         self.buckets.complete(keys)
 
-    def finish_reduction(self) -> torch.Tensor:
+    def finish_reduction(self, others_sq_norm: torch.Tensor | None = None) -> torch.Tensor:
         """Sum all gradients over the axes of their placements; returns the global gradient norm before clipping, 0-dim."""
         self._last = False
         self.fold_gradients()
@@ -131,7 +131,8 @@ class ShardedOptimizer:
             for key in keys:
                 ranks = self.buckets.of[key].data.size
                 by_copies[self.placements[key].copies(self.mesh) // ranks].append(self.pieces[key].gradient)
-        self._norm = norm_over_world(by_copies, self.mesh, self.buckets.buckets[0].weights.device)
+        norm = norm_over_world(by_copies, self.mesh, self.buckets.buckets[0].weights.device)
+        self._norm = with_others(norm, others_sq_norm)
         return self._norm
 
     # ---- update ----

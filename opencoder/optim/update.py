@@ -68,6 +68,11 @@ def check_groups(config: OptimConfig, keys: Iterable[str]) -> None:
             )
 
 
+def with_others(norm: torch.Tensor, others_sq_norm: torch.Tensor | None) -> torch.Tensor:
+    """Norm of all gradients: those of `norm` and others whose squared norm is given."""
+    return norm if others_sq_norm is None else (norm.square() + others_sq_norm).sqrt()
+
+
 def clip_factor(norm: torch.Tensor, config: OptimConfig) -> torch.Tensor:
     """What gradients of global norm `norm` are multiplied by, 0-dim; 1 without clipping."""
     if config.clip_norm is None:

@@ -12,9 +12,10 @@ from .group import SINGLE, DeviceMesh, Group, Records, new_group, torch_mesh, wo
 __all__ = ["AXES", "SINGLE", "Group", "Mesh", "create_mesh", "kv_replicas_of", "pretend_mesh"]
 
 AXES = ("pp", "dp", "cp", "tp")
-PARTS = ("kv", "embed")
+PARTS = ("kv", "embed", "dp_cp", "world")
 """Groups that are no axis: `kv`, the neighbours within tp that hold the same key/value head; `embed`, the first and the
-last pipeline rank, which hold a tied embedding both (size 1 on the ranks between them)."""
+last pipeline rank, which hold a tied embedding both (size 1 on the ranks between them); `dp_cp`, the ranks that see different
+tokens with the same weights, and `world`, all: the rows of a class matrix are split over them."""
 
 
 @dataclass(frozen=True)

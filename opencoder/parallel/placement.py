@@ -24,9 +24,10 @@ class Rectangle(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """`shard_dim` of the global tensor is split evenly over `axis` (both None: not split), into `shards` parts: fewer than
-    the axis has ranks if neighbours hold the same part (key/value heads fewer than tp). The same values stand on all ranks
-    of `replicated_over`. Its gradient is a partial sum over `grad_sum_axes` and must be summed there."""
+    """`shard_dim` of the global tensor is split over `axis` (both None: not split), into `shards` parts: fewer than
+    the axis has ranks if neighbours hold the same part (key/value heads fewer than tp). Where it does not come out even, the
+    first parts hold one more. The same values stand on all ranks of `replicated_over`. Its gradient is a partial sum over
+    `grad_sum_axes` and must be summed there."""
 
     global_shape: tuple[int, ...]
     shard_dim: int | None = None
@@ -42,9 +43,10 @@ class Placement:
         if self.shard_dim is not None and self.axis is not None:
             group = mesh.axis(self.axis)
             parts = self.shards or group.size
-            n = self.global_shape[self.shard_dim] // parts
+            least, larger = divmod(self.global_shape[self.shard_dim], parts)
             part = group.rank * parts // group.size
-            slices[self.shard_dim] = slice(part * n, (part + 1) * n)
+            start, stop = (i * least + min(i, larger) for i in (part, part + 1))
+            slices[self.shard_dim] = slice(start, stop)
         return tuple(slices)
 
     def copies(self, mesh: Mesh) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from opencoder.checkpoint import native
 from opencoder.checkpoint.parts import Tensors, global_part
+from opencoder.checkpoint.replicas import check_replicas
 from opencoder.parallel.mesh import Mesh, create_mesh
 from opencoder.parallel.placement import Placement, replicated, sharded
 from tests.harness import run_ranks
@@ -77,6 +78,50 @@ def test_flat_slices_and_shards_load_as_each_other(world: int, tp: int, flat: bo
         assert torch.equal(found, truth(key)), key
     for other, other_tp, other_flat in ((4, 2, False), (4, 2, True), (2, 1, True)):
         assert all(run_ranks(load, other, other_tp, other_flat, str(tmp_path)))
+
+
+def classes(axis: str) -> Tensors:
+    """Rows of a class matrix: 11 over any number of ranks, on the first of them one more, and a state of 1 column."""
+    replicas = {"tp": ("dp", "cp"), "dp_cp": ("tp",), "world": ()}[axis]
+    shapes = {"weight": (11, 5), "momentum": (11, 5), "seen": (11,)}
+    placements = {key: Placement(shape, 0, axis, replicas, grad_sum_axes=()) for key, shape in shapes.items()}
+    return {key: (torch.empty(0), placement) for key, placement in placements.items()}
+
+
+def true_classes(placement: Placement, mesh: Mesh) -> torch.Tensor:
+    whole = torch.arange(1.0, 1 + math.prod(placement.global_shape)).view(placement.global_shape)
+    return whole[placement.slice_of(mesh)].clone()
+
+
+def save_classes(rank: int, world: int, layout: dict[str, Any], axis: str, folder: str) -> int:
+    mesh = create_mesh(**layout)
+    tensors: Tensors = {key: (true_classes(part[1], mesh), part[1]) for key, part in classes(axis).items()}
+    check_replicas(tensors, mesh)
+    native.write_parts(Path(folder) / "tensors", {k: global_part(p, mesh) for k, p in tensors.items()}, mesh.world)
+    return len(tensors["weight"][0])
+
+
+def load_classes(rank: int, world: int, layout: dict[str, Any], axis: str, folder: str) -> bool:
+    mesh = create_mesh(**layout)
+    truths = {key: true_classes(part[1], mesh) for key, part in classes(axis).items()}
+    tensors = {key: (torch.zeros_like(truths[key]), part[1]) for key, part in classes(axis).items()}
+    native.load_tensors(Path(folder), tensors, mesh, checked=True)
+    return all(torch.equal(tensors[key][0], truth) for key, truth in truths.items())
+
+
+def test_rows_that_do_not_divide_load_on_other_rank_counts(tmp_path: Path) -> None:
+    saved = tmp_path / "4"
+    assert run_ranks(save_classes, 4, {}, "dp_cp", str(saved)) == [3, 3, 3, 2]
+    for world, layout, axis in ((2, {}, "dp_cp"), (3, {}, "world"), (1, {}, "dp_cp"), (4, {"tp": 2}, "tp")):
+        assert all(run_ranks(load_classes, world, layout, axis, str(saved))), (world, axis)
+    other = tmp_path / "3"
+    run_ranks(save_classes, 3, {}, "world", str(other))
+    assert run_ranks(load_classes, 1, {}, "dp_cp", str(other)) == [True]
+
+
+def test_copies_of_the_class_group_are_written_once(tmp_path: Path) -> None:
+    assert run_ranks(save_classes, 4, {"tp": 2}, "dp_cp", str(tmp_path)) == [6, 6, 5, 5]
+    assert all(run_ranks(load_classes, 3, {}, "dp_cp", str(tmp_path)))
 
 
 @pytest.mark.fast

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from opencoder.model.classes.partition import Partition
 from opencoder.parallel.group import Group
 from opencoder.parallel.mesh import Mesh, create_mesh
 from opencoder.parallel.placement import Placement, replicated, sharded
@@ -28,6 +29,20 @@ def test_fewer_shards_than_ranks_are_shared_by_neighbours(shards: int | None, ro
     assert parts == [(slice(*r), slice(0, 3)) for r in rows]
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize("rows", [7, 1000, 1003])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("axis", ["tp", "dp_cp", "world"])
+def test_uneven_parts_are_those_of_the_partition_of_classes(axis: str, ranks: int, rows: int) -> None:
+    placement = Placement((rows, 3), 0, axis)
+    if ranks > rows:
+        pytest.skip("a rank without a class is refused elsewhere")
+    partition = Partition(rows, ranks)
+    for rank in range(ranks):
+        start = partition.start(rank)
+        assert placement.slice_of(at(axis, ranks, rank))[0] == slice(start, start + partition.size(rank))
+
+
 def counted(rank: int, world: int, layout: dict[str, int]) -> dict[str, Any]:
     """Σ over the world of (this rank's elements / copies), for placements of a tensor of 48 elements."""
     mesh = create_mesh(**layout)
@@ -35,6 +50,8 @@ def counted(rank: int, world: int, layout: dict[str, int]) -> dict[str, Any]:
         "whole": replicated((16, 3)),
         "rows": sharded((16, 3), 0),
         "columns": sharded((3, 16), 1),
+        "classes": Placement((16, 3), 0, "dp_cp", replicated_over=("tp",), grad_sum_axes=()),
+        "classes of the world": Placement((16, 3), 0, "world", replicated_over=(), grad_sum_axes=()),
         "shared rows": sharded((16, 3), 0, shards=layout["tp"] // layout["kv_replicas"]),
     }
     found = {}

@@ -1,0 +1,201 @@
+"""The output layer for very many classes: a label for each sample, rows split over ranks, a softmax over all of them or over those
+that a step selects.
+
+N classes, N_r here; D width; b samples of this rank in a micro-batch; P ranks in the class group. See docs/classification.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from opencoder import kernels as K
+from opencoder.config import HeadConfig, OptimConfig
+from opencoder.parallel.cross_entropy import IGNORE
+from opencoder.parallel.mesh import SINGLE, Mesh
+from opencoder.parallel.placement import Placement, place
+
+from .partition import Partition
+from .rows import RowOptimizer
+from .scored import RowGradient, ScoredRows, Scratch
+from .softmax import Groups, Scoring, sharded_softmax
+from .variants import Variant, directions
+
+StateTensor = tuple[torch.Tensor, Placement]
+_REPLICATED = {"tp": ("dp", "cp"), "dp_cp": ("tp",), "world": ()}
+
+
+def groups_of(mesh: Mesh, class_group: str) -> Groups:
+    """Whom the ranks of `class_group` share samples with: those along tp see the same ones, those along dp and cp others."""
+    data = mesh.group(("dp", "cp"))
+    if class_group == "tp":
+        return Groups(mesh.tp, SINGLE, mesh.tp)
+    if class_group == "dp_cp":
+        return Groups(data, data, SINGLE)
+    return Groups(mesh.world, data, mesh.tp)
+
+
+class ClassHead(nn.Module):
+    """Owns the class matrix: the parameter `weight` (N_r, D), its gradient and its optimizer. The trainer's optimizer and its
+    reduction of gradients leave it out.
+
+    A step: `begin_step` with all labels; `loss` and its backward pass for each micro-batch; `grad_sq_norm` for the global norm;
+    `apply_gradients`. All ranks of the mesh make the same calls in the same order, with the same b."""
+
+    def __init__(
+        self,
+        config: HeadConfig,
+        mesh: Mesh,
+        *,
+        dim: int,
+        optim: OptimConfig,
+        key: str = "lm_head.weight",
+        seed: int = 0,
+        feature_grad_scale: float = 1.0,
+    ) -> None:
+        """`dim`: width D of features. `key`: the weight's name in checkpoints. `seed`: of the random selection.
+        `feature_grad_scale`: as in softmax.Scoring, for trainers that average the backbone's gradients; ours adds them."""
+        super().__init__()
+        if config.classes is None:
+            raise ValueError("ClassHead: config.classes is not set: give the number of classes")
+        self.config, self.mesh, self.optim, self.key, self.seed = config, mesh, optim, key, seed
+        self.groups = groups_of(mesh, config.class_group)
+        self.data = mesh.group(("dp", "cp"))
+        self.replicas = self.data if config.class_group == "tp" else SINGLE
+        """Ranks with the same rows and other samples: they add up their gradients of rows."""
+        self.variant = Variant(config.variant, config.scale, config.margin)
+        self.feature_grad_scale = feature_grad_scale
+        self.partition = Partition(config.classes, self.groups.classes.size)
+        self.first = self.partition.start(self.groups.classes.rank)
+        shape = (config.classes, dim)
+        placement = Placement(shape, 0, config.class_group, _REPLICATED[config.class_group], ())
+        self.weight = place(nn.Parameter(torch.empty(self.partition.size(self.groups.classes.rank), dim)), placement)
+        self.placement = placement
+        self.steps = 0
+        """Steps begun in training."""
+        self.scratch = Scratch()
+        self._optimizer: RowOptimizer | None = None
+        self._rows: ScoredRows | None = None
+        self._gradient: RowGradient | None = None
+
+    @property
+    def optimizer(self) -> RowOptimizer:
+        """Made at first use, when the weight has its type and device."""
+        if self._optimizer is None or self._optimizer.weight is not self.weight:
+            self._optimizer = RowOptimizer(self.weight, self.config, self.optim)
+        return self._optimizer
+
+    # ---- a step ----
+
+    def begin_step(self, labels_of_all_micro_batches: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Labels (b,) of this rank, −100 where a sample is ignored → valid samples of the step over all data ranks, 0-dim.
+
+        In training it also selects the classes that the whole step scores. Raises ValueError, on all ranks, for a label that is no
+        class."""
+        labels = torch.cat([labels.reshape(-1) for labels in labels_of_all_micro_batches])
+        # Of all ranks that see other samples, also for rows split over tp: all copies of a row must be scored in one step.
+        gathered = self.data.all_gather(labels)
+        self._check_labels(gathered)
+        valid = gathered[gathered != IGNORE]
+        if self.training:
+            self._select(valid)
+            self.steps += 1
+        return torch.tensor(valid.numel(), device=labels.device)
+
+    def _check_labels(self, gathered: torch.Tensor) -> None:
+        wrong = ((gathered < 0) & (gathered != IGNORE)) | (gathered >= self.partition.classes)
+        if wrong.any():
+            place = int(wrong.nonzero()[0])
+            rank, sample = divmod(place, gathered.shape[0] // self.data.size)
+            raise ValueError(
+                f"label {int(gathered[place])} of sample {sample} of data rank {rank} is no class: labels are in "
+                f"[0, {self.partition.classes}), as model.head.classes={self.partition.classes} says, or {IGNORE} for a sample to "
+                "be ignored"
+            )
+
+    def _select(self, labels: torch.Tensor) -> None:
+        """`labels`: all valid ones of the step."""
+        if self._gradient is not None:
+            self._gradient.close()
+        self._rows = self._all_rows()
+        self._gradient = RowGradient(self._rows, self.scratch)
+
+    def _all_rows(self) -> ScoredRows:
+        return ScoredRows(self.weight, total=self.partition.classes, cosine=self.variant.cosine)
+
+    def loss(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """features (b, D), labels (b,) → sum of losses over this rank's samples (0-dim), statistics without gradients: `tokens`,
+        valid samples; `token_losses` (b,), 0 where ignored; `z_loss`, 0.
+
+        In training over the classes that `begin_step` selected; in evaluation over all of them, without gradients. The sum must be
+        multiplied by the same factor on all ranks before its backward pass."""
+        self._check_features(features, labels)
+        training = self.training and torch.is_grad_enabled()
+        rows, gradient = (self._rows, self._gradient) if training else (self._all_rows(), None)
+        if rows is None:
+            raise RuntimeError("ClassHead.loss() before begin_step(): the classes of the step are not selected yet")
+        labels = labels.reshape(-1)
+        gathered = self.groups.samples.all_gather(labels)
+        places = rows.places(gathered - self.first)
+        if self.variant.cosine:
+            features = directions(features)
+        total, each = sharded_softmax(features, gathered, places, self._scoring(rows), gradient)
+        return total, {"tokens": (labels != IGNORE).sum(), "token_losses": each, "z_loss": total.new_zeros(())}
+
+    def _scoring(self, rows: ScoredRows) -> Scoring:
+        smoothing = self.config.label_smoothing
+        return Scoring(rows, self.groups, self.variant, smoothing, self.feature_grad_scale)
+
+    def _check_features(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        width = self.weight.shape[1]
+        if features.dim() != 2 or features.shape[1] != width or features.shape[0] != labels.numel():
+            raise ValueError(
+                f"ClassHead: features are {tuple(features.shape)}, labels {tuple(labels.shape)}; wanted: (b, {width}) and (b,), one "
+                "feature for each label"
+            )
+
+    # ---- what the trainer does with the owned weight ----
+
+    def grad_sq_norm(self) -> torch.Tensor:
+        """Squared norm of the gradient of the whole class matrix, 0-dim fp64, equal on all ranks; after the step's last backward
+        pass. Copies of the rows add up their gradients first."""
+        values = self.finished_gradient()
+        return self.groups.classes.all_reduce(K.grad_norm([values]).double().square())
+
+    def finished_gradient(self) -> torch.Tensor:
+        """Gradient of this rank's scored rows (m, D), once the step's last backward pass is over."""
+        if self._gradient is None:
+            raise RuntimeError("ClassHead: no step was begun: call begin_step() in training mode first")
+        if self._gradient.finished:
+            return self._gradient.finish()
+        values = self._gradient.finish()
+        return self.replicas.all_reduce(values)
+
+    def owned_parameters(self) -> list[nn.Parameter]:
+        """Parameters the head updates itself (excluded from the optimizer and from gradient reduction): the class matrix."""
+        return [self.weight]
+
+    def apply_gradients(
+        self, lr: float, clip_coef: float | torch.Tensor | None, skip: torch.Tensor | None = None
+    ) -> None:
+        """Update the scored rows with the gradient times `clip_coef`, and drop it. Where the boolean `skip` is true, nothing changes;
+        the step is counted all the same."""
+        values = self.finished_gradient()
+        assert self._rows is not None
+        assert self._gradient is not None
+        self.optimizer.step(self._rows, values, lr=lr, clip=clip_coef, skip=skip)
+        self._gradient.close()
+        self._rows = self._gradient = None
+
+    def state_tensors(self) -> dict[str, StateTensor]:
+        """What a checkpoint must hold beside the weight: `optim.<name>.<key>` → (this rank's rows, where they live)."""
+        return {f"optim.{name}.{self.key}": (t, self.placement) for name, t in self.optimizer.state.items()}
+
+    def set_step_count(self, step: int) -> None:
+        """Tell how many updates the state has seen, after loading it."""
+        self.steps = self.optimizer.steps = step
+
+    def weights_changed(self) -> None:
+        """Take over a weight that was loaded into the parameter."""
+        self.optimizer.weights_changed()

@@ -1,0 +1,140 @@
+"""What a step scores on this rank: some of its rows, or all, and the gradient of those alone.
+
+N_r classes of this rank, m of them scored, D width, B samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from .variants import SMALLEST_NORM
+
+CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 27}
+"""Logits worked on at a time: what stays in a core's second cache; on a GPU, what bounds the copies beside them."""
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Scratch:
+    """Buffers that are used again: asking the system for new pages takes as long as filling them."""
+
+    def __init__(self) -> None:
+        self._free: dict[str, list[torch.Tensor]] = {}
+
+    def take(self, purpose: str, elements: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A flat buffer of unknown contents on the device of `like`."""
+        free = self._free.setdefault(purpose, [])
+        if free and (free[0].numel(), free[0].dtype, free[0].device) == (elements, dtype, like.device):
+            return free.pop()
+        free.clear()  # of another size: the batch or the number of scored rows has changed, and with it all that will be asked for
+        return torch.empty(elements, dtype=dtype, device=like.device)
+
+    def give_back(self, purpose: str, buffer: torch.Tensor) -> None:
+        """The contents are not needed any more."""
+        self._free[purpose].append(buffer)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredRows:
+    """Rows `ids` (m,), ascending and distinct local ids, of `weight` (N_r, D); None: all of them."""
+
+    weight: torch.Tensor
+    ids: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
+    """(m,), added to the logits of each row."""
+    total: int | None = None
+    """Classes scored on all ranks; None: those of `ids`."""
+    cosine: bool = False
+    """Rows are brought to length 1."""
+
+    @property
+    def count(self) -> int:
+        """m."""
+        return self.weight.shape[0] if self.ids is None else self.ids.shape[0]
+
+    @property
+    def total_count(self) -> int:
+        """Classes scored on all ranks."""
+        return self.count if self.total is None else self.total
+
+    def chunks(self, samples: int) -> Iterator[tuple[int, int]]:
+        """[begin, end) of places, of at most CHUNK_ELEMENTS logits for that many samples."""
+        bound = CHUNK_ELEMENTS.get(self.weight.device.type, CHUNK_ELEMENTS["cuda"])
+        step = max(64, bound // max(1, samples))
+        return ((begin, min(begin + step, self.count)) for begin in range(0, self.count, step))
+
+    def raw(self, begin: int, end: int) -> torch.Tensor:
+        """Rows at these places as they are stored, (end − begin, D): a view where all are scored, a copy otherwise."""
+        weight = self.weight.detach()
+        return weight[begin:end] if self.ids is None else weight.index_select(0, self.ids[begin:end])
+
+    def rows(self, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows at these places as logits are made of them, (end − begin, D)."""
+        rows = self.raw(begin, end)
+        if self.cosine:
+            rows = rows.to(wide(rows.dtype))
+            rows = rows * inverse_norms(rows)
+        return rows.to(dtype)
+
+    def places(self, local: torch.Tensor) -> torch.Tensor:
+        """Local ids (B,) → the place of each among the scored rows, −1 where it is none of them."""
+        if self.ids is None:
+            return torch.where((local >= 0) & (local < self.count), local, -1)
+        place = torch.searchsorted(self.ids, local).clamp_(max=self.count - 1)
+        return torch.where(self.ids[place] == local, place, -1)
+
+
+@dataclass(eq=False)
+class RowGradient:
+    """Gradient of the scored rows of one step, summed over its micro-batches: ids as in `rows`, never an (N_r, D) tensor of
+    mostly zeros."""
+
+    rows: ScoredRows
+    scratch: Scratch
+    values: torch.Tensor | None = field(default=None, init=False)
+    """(m, D) in fp32 (fp64), of the rows as logits are made of them: see `finish`; None before the first backward."""
+    finished: bool = field(default=False, init=False)
+
+    def opened(self) -> tuple[torch.Tensor, bool]:
+        """The buffer, and whether it already holds something that is to be added to."""
+        if self.finished:
+            raise RuntimeError("a backward pass came after the step's gradient was finished: call begin_step() first")
+        if self.values is not None:
+            return self.values, True
+        weight = self.rows.weight
+        flat = self.scratch.take("gradient", self.rows.count * weight.shape[1], weight, wide(weight.dtype))
+        self.values = flat.view(self.rows.count, weight.shape[1])
+        return self.values, False
+
+    def finish(self) -> torch.Tensor:
+        """(m, D), the gradient of the rows as they are stored. Once a step, after its last backward pass.
+
+        d/dw of a function of ŵ = w/‖w‖ with gradient g is (g − ŵ(ŵ·g))/‖w‖. It is linear in g, so once for all micro-batches."""
+        if self.values is None:
+            raise RuntimeError("no gradient of the class matrix: no backward pass of a loss came since begin_step()")
+        if self.rows.cosine and not self.finished:
+            for begin, end in self.rows.chunks(self.values.shape[1]):
+                g = self.values[begin:end]
+                rows = self.rows.raw(begin, end).to(g.dtype)
+                inverse = inverse_norms(rows)
+                rows = rows * inverse
+                g.sub_(rows * (rows * g).sum(1, keepdim=True)).mul_(inverse)
+        self.finished = True
+        return self.values
+
+    def close(self) -> None:
+        """The gradient is used up."""
+        if self.values is not None:
+            self.scratch.give_back("gradient", self.values.view(-1))
+            self.values = None
+
+
+def inverse_norms(rows: torch.Tensor) -> torch.Tensor:
+    """(n, D) → (n, 1), 1/‖row‖; 0 for a row without direction."""
+    norms = rows.norm(dim=1, keepdim=True)
+    return torch.where(norms > SMALLEST_NORM, norms, torch.inf).reciprocal()
