@@ -9,7 +9,15 @@ of an unrelated package that transformers probes for. Names are therefore handed
 if __name__ == "opencoder.kernels":
     from ._dispatch import UnsupportedKernel, chosen, explain, use
     from .attention import attention, attention_backward
-    from .classes import neighbour_priority, smallest_keys
+    from .classes import (
+        FAR,
+        NOBODY,
+        merge_nearest,
+        nearest_ids,
+        nearest_scores,
+        neighbour_priority,
+        smallest_keys,
+    )
     from .cross_entropy import ce_grad, ce_stats, cross_entropy
     from .elementwise import rotary, swiglu
     from .linear_cross_entropy import linear_cross_entropy
@@ -17,6 +25,8 @@ if __name__ == "opencoder.kernels":
     from .rms_norm import rms_norm
 
     __all__ = [
+        "FAR",
+        "NOBODY",
         "UnsupportedKernel",
         "adamw_step",
         "attention",
@@ -28,6 +38,9 @@ if __name__ == "opencoder.kernels":
         "explain",
         "grad_norm",
         "linear_cross_entropy",
+        "merge_nearest",
+        "nearest_ids",
+        "nearest_scores",
         "neighbour_priority",
         "rms_norm",
         "rotary",

@@ -26,6 +26,7 @@ ENVIRONMENT = "OPENCODER_KERNELS"
 Order = dict[str, tuple[str, ...]]
 _ROWS: Order = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
 _LISTS: Order = {"cpu": ("cpp", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
+_CPP_OR_TORCH: Order = {"cpu": ("cpp", "torch", "reference"), "cuda": ("torch", "reference")}
 ORDER: dict[str, Order] = {
     "rms_norm": _ROWS | {"cuda": ("triton", "apex", "reference")},
     "rotary": _ROWS,
@@ -46,8 +47,9 @@ ORDER: dict[str, Order] = {
     "linear_cross_entropy": _LISTS,
     "adamw_step": _LISTS,
     "grad_norm": _LISTS,
-    "neighbour_priority": {"cpu": ("torch", "reference"), "cuda": ("torch", "reference")},
-    "smallest_keys": {"cpu": ("torch", "reference"), "cuda": ("torch", "reference")},
+    "merge_nearest": _CPP_OR_TORCH,
+    "neighbour_priority": _CPP_OR_TORCH,
+    "smallest_keys": _CPP_OR_TORCH,
 }
 
 

@@ -2,13 +2,62 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from . import _checks
 from ._dispatch import choose, register
+from ._library import CPP_MISSING, cpp_supports, define
 from .reference import classes as _reference
 
 FAR = _reference.FAR
 """Priority of a row that is nobody's neighbour."""
+NOBODY = _reference.NOBODY
+"""Key of an empty place in a list of nearest rows."""
+nearest_ids, nearest_scores = _reference.nearest_ids, _reference.nearest_scores
+
+
+@torch.no_grad()
+def merge_nearest(
+    best: torch.Tensor,
+    products: torch.Tensor,
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    query_ids: torch.Tensor,
+    first_id: int,
+    *,
+    slack: float,
+    candidates: int,
+    impl: str = "auto",
+) -> None:
+    """Let `rows` (C, D), with ids from `first_id` on, into the lists of nearest rows of `queries` (Q, D), both fp32; in place.
+
+    best: int64 (Q, K), keys of score and id, falling, NOBODY where there are fewer (`nearest_ids`, `nearest_scores`
+    read them). The score of a pair is its dot product in fp64, rounded to fp32; ties go to the smaller id; a query never
+    meets the row that has its own id (`query_ids`, int64 (Q,)). products: (Q, C), the dot products wrong by up to `slack`,
+    which says where to look: `cpp` scores every pair that could matter, `torch` the `candidates` with the greatest products."""
+    _checks.floating("merge_nearest", products=products, queries=queries, rows=rows)
+    _checks.one_device("merge_nearest", best=best, products=products, query_ids=query_ids)
+    shapes = (products.shape, rows.shape[1:], query_ids.shape, best.shape[:1])
+    q, c, d = queries.shape[0], rows.shape[0], queries.shape[1]
+    if shapes != ((q, c), (d,), (q,), (q,)) or best.dim() != 2:
+        raise ValueError(
+            f"merge_nearest: queries (Q, D), rows (C, D), products (Q, C), best (Q, K), query_ids (Q,) do not fit: got "
+            f"{[tuple(t.shape) for t in (queries, rows, products, best, query_ids)]}"
+        )
+    if queries.dtype != torch.float32 or rows.dtype != torch.float32:
+        raise ValueError(f"merge_nearest: queries are {queries.dtype}, rows {rows.dtype}; allowed: fp32")
+    if best.dtype != torch.int64 or query_ids.dtype != torch.int64 or not best.is_contiguous():
+        raise ValueError("merge_nearest: best must be contiguous int64, query_ids int64")
+    if not 0 <= first_id <= 2**31 - c:
+        raise ValueError(f"merge_nearest: ids from {first_id} to {first_id + c}; allowed: below 2³¹")
+    _checks.at_least("merge_nearest", 0, slack=slack, candidates=candidates)
+    if best.shape[1] == 0:
+        return
+    arguments = (best, products, queries, rows, query_ids, first_id)
+    options = {"slack": slack, "candidates": candidates}
+    choose("merge_nearest", impl, best.device, *arguments, **options).run(*arguments, **options)
 
 
 def neighbour_priority(
@@ -63,6 +112,65 @@ def smallest_keys(
     return found
 
 
-for _name in ("reference", "torch"):  # on a GPU the definition is what torch does best
-    register("neighbour_priority", _name)(_reference.neighbour_priority)
-    register("smallest_keys", _name)(_reference.smallest_keys)
+def _signed(seed: int) -> int:
+    """64 bits, as operators take them."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _merge(best: torch.Tensor, *arguments: Any, slack: float, candidates: int) -> None:
+    torch.ops.opencoder.merge_nearest_(best, *arguments, slack)
+
+
+def _smallest(priority: torch.Tensor, count: int, hard: int, seed: int) -> Any:
+    return torch.ops.opencoder.smallest_keys(priority, count, hard, _signed(seed))
+
+
+def _priority(*arguments: Any) -> Any:
+    return torch.ops.opencoder.neighbour_priority(*arguments)
+
+
+for _operator, _cpp, _torch, _definition in (
+    ("merge_nearest", _merge, _reference.merge_likely, _reference.merge_nearest),
+    ("neighbour_priority", _priority, _reference.neighbour_priority, _reference.neighbour_priority),
+    ("smallest_keys", _smallest, _reference.smallest_keys, _reference.smallest_keys),
+):
+    register(_operator, "reference")(_definition)
+    register(_operator, "cpp", cpp_supports, missing=lambda: CPP_MISSING)(_cpp)
+    register(_operator, "torch")(_torch)
+
+
+# ---- the operators: none has a gradient, and on a GPU torch's own operators do the same ----
+
+
+def _merge_anywhere(
+    best: torch.Tensor,
+    products: torch.Tensor,
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    query_ids: torch.Tensor,
+    first_id: int,
+    slack: float,
+) -> None:
+    _reference.merge_nearest(best, products, queries, rows, query_ids, first_id, slack=slack, candidates=0)
+
+
+def _chosen_like(priority: torch.Tensor, count: int, hard: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return priority.new_empty(count, dtype=torch.int64), priority.new_empty(count, dtype=torch.bool)
+
+
+define(
+    "merge_nearest_(Tensor(a!) best, Tensor products, Tensor queries, Tensor rows, Tensor query_ids, int first_id, "
+    "float slack) -> ()",
+    fake=lambda *arguments: None,
+    python=_merge_anywhere,
+)
+define(
+    "neighbour_priority(Tensor labels, Tensor offsets, Tensor ids, Tensor positions, int rows) -> (Tensor, Tensor)",
+    fake=lambda labels, offsets, ids, positions, rows: (ids.new_empty(rows), ids.new_empty(rows)),
+    python=_reference.neighbour_priority,
+)
+define(
+    "smallest_keys(Tensor priority, int count, int hard, int seed) -> (Tensor, Tensor)",
+    fake=_chosen_like,
+    python=_reference.smallest_keys,
+)

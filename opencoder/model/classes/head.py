@@ -6,6 +6,7 @@ N classes, N_r here; D width; b samples of this rank in a micro-batch; P ranks i
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,8 +20,13 @@ from opencoder.parallel.placement import Placement, place
 from .partition import Partition
 from .rows import RowOptimizer
 from .scored import RowGradient, ScoredRows, Scratch
+from .selection import Selection, quota_of, select_rows
 from .softmax import Groups, Scoring, sharded_softmax
+from .topk import best_classes
 from .variants import Variant, directions
+
+if TYPE_CHECKING:
+    from .columns import ColumnGraph
 
 StateTensor = tuple[torch.Tensor, Placement]
 _REPLICATED = {"tp": ("dp", "cp"), "dp_cp": ("tp",), "world": ()}
@@ -74,8 +80,13 @@ class ClassHead(nn.Module):
         self.placement = placement
         self.steps = 0
         """Steps begun in training."""
+        self.columns: ColumnGraph | None = None
+        """Neighbours of all classes among the rows here; None, with selection knn too: scored classes are random."""
+        self.selection: Selection | None = None
+        """Of the last step; None with selection full."""
         self.scratch = Scratch()
         self._optimizer: RowOptimizer | None = None
+        self._labels: torch.Tensor | None = None
         self._rows: ScoredRows | None = None
         self._gradient: RowGradient | None = None
 
@@ -118,8 +129,35 @@ class ClassHead(nn.Module):
         """`labels`: all valid ones of the step."""
         if self._gradient is not None:
             self._gradient.close()
-        self._rows = self._all_rows()
+        self._rows = self._all_rows() if self.config.selection == "full" else self._selected(labels)
         self._gradient = RowGradient(self._rows, self.scratch)
+
+    def _selected(self, labels: torch.Tensor) -> ScoredRows:
+        config = self.config
+        selection = select_rows(
+            labels,
+            self.partition,
+            self.groups.classes.rank,
+            rho=config.rho,
+            columns=self.columns,
+            uniform_mix=config.uniform_mix,
+            seed=self.seed,
+            step=self.steps,
+        )
+        self.selection, self._labels = selection, labels
+        offsets = None
+        if config.tail_correction:
+            # The random rows stand for all that priority did not choose: their part of the sum is then right on average.
+            weight = torch.tensor(selection.fill_weight, dtype=torch.float32, device=labels.device)
+            offsets = torch.where(selection.hard, 0, weight)
+        total = self._scored_of_all(labels) if config.label_smoothing else None
+        return ScoredRows(self.weight, selection.rows, offsets, total, self.variant.cosine)
+
+    def _scored_of_all(self, labels: torch.Tensor) -> int:
+        """Classes that all ranks score for these labels: each rank its quota, or its labels where those are more."""
+        parts = range(self.partition.parts)
+        own = self.partition.owner(labels.unique()).bincount(minlength=self.partition.parts).tolist()
+        return sum(max(quota_of(self.config.rho, self.partition.size(r)), own[r]) for r in parts)
 
     def _all_rows(self) -> ScoredRows:
         return ScoredRows(self.weight, total=self.partition.classes, cosine=self.variant.cosine)
@@ -138,10 +176,24 @@ class ClassHead(nn.Module):
         labels = labels.reshape(-1)
         gathered = self.groups.samples.all_gather(labels)
         places = rows.places(gathered - self.first)
+        self._check_scored(gathered, places)
         if self.variant.cosine:
             features = directions(features)
         total, each = sharded_softmax(features, gathered, places, self._scoring(rows), gradient)
         return total, {"tokens": (labels != IGNORE).sum(), "token_losses": each, "z_loss": total.new_zeros(())}
+
+    def _check_scored(self, gathered: torch.Tensor, places: torch.Tensor) -> None:
+        """Every valid label has its place on the rank it belongs to."""
+        local = gathered - self.first
+        here = (local >= 0) & (local < self.weight.shape[0])
+        unknown = (gathered >= self.partition.classes) | ((gathered < 0) & (gathered != IGNORE))
+        fine = ~((here & (places < 0)) | unknown).any()
+        text = "ClassHead.loss(): a label is not among the scored classes: begin_step() must be given all labels of the step"
+        if gathered.device.type == "cpu":
+            if not fine:
+                raise ValueError(text)
+        else:
+            torch._assert_async(fine, text)  # the host does not wait
 
     def _scoring(self, rows: ScoredRows) -> Scoring:
         smoothing = self.config.label_smoothing
@@ -154,6 +206,15 @@ class ClassHead(nn.Module):
                 f"ClassHead: features are {tuple(features.shape)}, labels {tuple(labels.shape)}; wanted: (b, {width}) and (b,), one "
                 "feature for each label"
             )
+
+    def logits_topk(self, features: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """features (b, D) → the k largest logits over all classes (b, k), fp32 and without margins, and the classes they are of,
+        int64; of equal ones the smaller class comes first. Called by all ranks."""
+        if not 1 <= k <= self.partition.classes:
+            raise ValueError(f"logits_topk: k={k}; allowed: 1 to model.head.classes={self.partition.classes}")
+        x = directions(features) if self.variant.cosine else features
+        ids = torch.arange(self.first, self.first + self.weight.shape[0], device=self.weight.device)
+        return best_classes(x, self._all_rows(), ids, self.groups, self.variant, k)
 
     # ---- what the trainer does with the owned weight ----
 

@@ -7,7 +7,7 @@ gradients of all of them (reduce-scatter), and two all-reduces of B and 2B numbe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,9 @@ from opencoder.parallel.group import SINGLE, Group
 
 from .scored import RowGradient, ScoredRows, Scratch, wide
 from .variants import Variant
+
+NOTHING = -1e30
+"""Added to a logit to take its class out: not −∞, of which a chunk without any class would make NaN."""
 
 
 @dataclass(frozen=True)
@@ -104,22 +107,51 @@ def _forward(
     features: torch.Tensor, labels: torch.Tensor, places: torch.Tensor, scoring: Scoring, scratch: Scratch | None
 ) -> tuple[torch.Tensor, _Saved]:
     gathered = scoring.groups.samples.all_gather(features.detach())
-    samples, rows = gathered.shape[0], scoring.rows
+    saved = _opened(gathered, labels, places, scoring, scratch)
+    terms = local_terms(saved, scoring, keep=scratch is not None)
+    saved.lse, losses = combined(terms, scoring)
+    losses = losses.masked_fill(~saved.valid, 0)
+    b, rank = features.shape[0], scoring.groups.samples.rank
+    return losses[rank * b : (rank + 1) * b], saved
+
+
+def _opened(
+    features: torch.Tensor, labels: torch.Tensor, places: torch.Tensor, scoring: Scoring, scratch: Scratch | None
+) -> _Saved:
+    """Room for the logits of `features` (B, D): for all of them out of `scratch`, or without it for one chunk."""
     # On the CPU 16-bit products would be rounded to 16 bits.
-    dtype = wide(gathered.dtype) if gathered.device.type == "cpu" else gathered.dtype
-    x = gathered.to(dtype)
+    dtype = wide(features.dtype) if features.device.type == "cpu" else features.dtype
+    x, rows, samples = features.to(dtype), scoring.rows, features.shape[0]
     if scratch is None:
         begin, end = next(rows.chunks(samples))
         logits = torch.empty((end - begin) * samples, dtype=wide(dtype), device=x.device)
     else:
         logits = scratch.take("logits", rows.count * samples, x, wide(dtype))
     maxima = logits.new_empty(sum(1 for _ in rows.chunks(samples)), samples)
-    saved = _Saved(x, places, labels != IGNORE, logits, maxima)
-    terms = local_terms(saved, scoring, keep=scratch is not None)
-    saved.lse, losses = combined(terms, scoring)
-    losses = losses.masked_fill(~saved.valid, 0)
-    b, rank = features.shape[0], scoring.groups.samples.rank
-    return losses[rank * b : (rank + 1) * b], saved
+    return _Saved(x, places, labels != IGNORE, logits, maxima)
+
+
+@torch.no_grad()
+def missing_mass(features: torch.Tensor, labels: torch.Tensor, local: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    """eps (B,) of the sheet's 2.7: softmax mass of each sample, over all classes, on those that are not scored.
+
+    features (B, D), labels (B,), equal on all ranks of the class group; local (B,): the labels less this rank's first class. What
+    is scored is `scoring.rows`, whose offsets do not count. A loss over the scored classes is too small by −log(1 − eps)."""
+    scored = replace(scoring.rows, offsets=None)
+    rest = replace(scored, ids=None)
+    if scored.ids is not None:
+        rest = replace(
+            rest, offsets=features.new_zeros(rest.count, dtype=torch.float32).index_fill_(0, scored.ids, NOTHING)
+        )
+    logsums = []
+    for rows in (scored, rest) if scored.ids is not None else ():
+        part = replace(scoring, rows=rows, label_smoothing=0.0)
+        saved = _opened(features, labels, rows.places(local), part, None)
+        logsums.append(combined(local_terms(saved, part, keep=False), part)[0])
+    if not logsums:
+        return features.new_zeros(features.shape[0], dtype=wide(features.dtype))
+    inside, outside = logsums
+    return torch.sigmoid(outside - inside)
 
 
 def local_terms(saved: _Saved, scoring: Scoring, *, keep: bool) -> Terms:
@@ -132,7 +164,7 @@ def local_terms(saved: _Saved, scoring: Scoring, *, keep: bool) -> Terms:
     for i, (begin, end) in enumerate(rows.chunks(samples)):
         first = begin if keep else 0
         z = saved.logits[first * samples : (first + end - begin) * samples].view(end - begin, samples)
-        _products(rows.rows(begin, end, x.dtype), x, variant.factor, z)
+        products(rows.rows(begin, end, x.dtype), x, variant.factor, z)
         at = _Targets(saved.places, begin, end)
         if variant.changes_targets:
             margined, slopes = variant.margined(at.read(z) / variant.scale)
@@ -184,7 +216,7 @@ class _Targets:
         z.scatter_(0, self.index, torch.where(self.inside, values, self.read(z))[None])
 
 
-def _products(rows: torch.Tensor, x: torch.Tensor, factor: float, out: torch.Tensor) -> None:
+def products(rows: torch.Tensor, x: torch.Tensor, factor: float, out: torch.Tensor) -> None:
     """out (c, B) = factor · rows (c, D) · xᵀ, summed up in the type of `out`."""
     if rows.dtype == out.dtype:
         torch.addmm(out, rows, x.t(), beta=0, alpha=factor, out=out)

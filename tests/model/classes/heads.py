@@ -57,6 +57,6 @@ def reference(
     weight: torch.Tensor, inputs: torch.Tensor, backbone: torch.Tensor, labels: torch.Tensor, *, smoothing: float = 0.0
 ) -> tuple[torch.Tensor, ...]:
     """Mean loss over valid samples, gradients of the class matrix and of the backbone, in fp64 by torch's own means."""
-    w, a = weight.double().requires_grad_(), backbone.double().requires_grad_()
+    w, a = weight.double().clone().requires_grad_(), backbone.double().clone().requires_grad_()
     loss = F.cross_entropy(inputs.double() @ a @ w.t(), labels, label_smoothing=smoothing)
     return loss.detach(), *torch.autograd.grad(loss, (w, a))
