@@ -30,12 +30,12 @@ def run_ranks(work: str, settings: dict[str, Any], world: int, *, timeout_s: flo
         file = Path(folder) / "settings.json"
         file.write_text(json.dumps(settings))
         argv = [sys.executable, "-m", "opencoder.tools.bench_classification", "--rank", work, str(file)]
-        outputs = [(Path(folder) / f"{r}.out", Path(folder) / f"{r}.err") for r in range(world)]
+        files = [(Path(folder) / f"{r}.out", Path(folder) / f"{r}.err") for r in range(world)]
         ranks = [
             subprocess.Popen(
-                argv, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=out.open("w"), stderr=error.open("w")
+                argv, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=out.open("w"), stderr=log.open("w")
             )
-            for r, (out, error) in enumerate(outputs)
+            for r, (out, log) in enumerate(files)
         ]
         try:
             codes = [rank.wait(timeout_s) for rank in ranks]
@@ -45,10 +45,10 @@ def run_ranks(work: str, settings: dict[str, Any], world: int, *, timeout_s: flo
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-        for number, (code, (out, error)) in enumerate(zip(codes, outputs, strict=True)):
+        for number, (code, (out, log)) in enumerate(zip(codes, files, strict=True)):
             if code or not out.stat().st_size:
-                raise Failure(f"rank {number} of {work} ended with status {code}: {error.read_text().strip()[-2000:]}")
-        return [json.loads(out.read_text().splitlines()[-1]) for out, _ in outputs]
+                raise Failure(f"rank {number} of {work} ended with status {code}: {log.read_text().strip()[-2000:]}")
+        return [json.loads(out.read_text().splitlines()[-1]) for out, _ in files]
 
 
 def be_rank(work: Callable[[Any, dict[str, Any]], dict[str, Any]], settings: str) -> int:

@@ -41,18 +41,11 @@ def time_steps(mesh: Mesh, settings: dict[str, Any]) -> dict[str, Any]:
         features, labels = _batch(made, number, settings["batch"], group)
         found = {}
         for name, side in sides.items():
-            x = features.clone().requires_grad_()
-            found[name] = _timed(group, lambda side=side, x=x: side(x, labels))
+            found[name] = _timed(group, side, features.clone().requires_grad_(), labels)
             mass[name].append(missing_mass(weight, features[:16], side.scored, group))
         gathered = group.all_gather(labels)
-        rho, mix = settings["rho"], settings["uniform_mix"]
-        found["selection"] = _timed(
-            group,
-            lambda n=number, y=gathered: select_rows(
-                y, partition, group.rank, rho=rho, columns=columns, uniform_mix=mix, seed=0, step=n
-            ),
-        )
-        found["products"] = _timed(group, lambda x=group.all_gather(features): _products(weight, x))
+        found["selection"] = _timed(group, _select, gathered, partition, group, columns, settings, number)
+        found["products"] = _timed(group, _products, weight, group.all_gather(features))
         if number:
             for name, seconds in found.items():
                 times[name].append(seconds)
@@ -98,8 +91,7 @@ class _Head:
 
     def __call__(self, features: torch.Tensor, labels: torch.Tensor) -> None:
         count = self.head.begin_step([labels])
-        rows = self.head.scored_rows
-        self.scored = None if rows is None else rows.clone()
+        self.scored = None if self.head.selection is None else self.head.selection.rows
         loss, _ = self.head.loss(features, labels)
         (loss / count).backward()
         self.head.grad_sq_norm()
@@ -125,7 +117,7 @@ def _side(
     config = HeadConfig(
         kind="class",
         classes=settings["classes"],
-        selection=name,  # type: ignore[arg-type]
+        selection=name,
         rho=settings["rho"],
         neighbours=settings["neighbours"],
         uniform_mix=settings["uniform_mix"],
@@ -136,16 +128,23 @@ def _side(
     with torch.no_grad():
         head.weight.copy_(weight)
     if name == "knn":
-        head.use_graph(columns)
+        head.columns = columns
     head.train()
     return _Head(head)
 
 
-def _timed(group: Group, work: Callable[[], object]) -> float:
+def _timed(group: Group, work: Callable[..., object], *args: Any) -> float:
     group.barrier()
     start = time.perf_counter()
-    work()
+    work(*args)
     return time.perf_counter() - start
+
+
+def _select(
+    labels: torch.Tensor, partition: Partition, group: Group, columns: ColumnGraph, settings: dict[str, Any], step: int
+) -> None:
+    rho, mix = settings["rho"], settings["uniform_mix"]
+    select_rows(labels, partition, group.rank, rho=rho, columns=columns, uniform_mix=mix, seed=0, step=step)
 
 
 def _products(weight: torch.Tensor, features: torch.Tensor, rows: int = 512) -> None:
@@ -175,7 +174,7 @@ def time_graph(mesh: Mesh, settings: dict[str, Any]) -> dict[str, Any]:
     group, partition = mesh.dp_cp, Partition(settings["classes"], mesh.dp_cp.size)
     weight = torch.from_numpy(made.centres(_ids(partition, group)))
     k = settings["neighbours"]
-    products = _timed(group, lambda: _graph_products(weight, partition, group))
+    products = _timed(group, _graph_products, weight, group)
     group.barrier()
     start = time.perf_counter()
     lists = build_graph(weight, partition, group, neighbours=k, dtype=settings["dtype"])

@@ -124,9 +124,7 @@ def _check_finite(weight: torch.Tensor, partition: Partition, group: Group) -> N
 # ---- the matrix travels ----
 
 
-def _ring(
-    weight: torch.Tensor, own: torch.Tensor, partition: Partition, group: Group, search: _Search
-) -> torch.Tensor:
+def _ring(weight: torch.Tensor, own: torch.Tensor, partition: Partition, group: Group, search: _Search) -> torch.Tensor:
     """The best of each own row over all blocks."""
     best = _nothing_yet(weight.shape[0], search.kept, weight.device)
     for first_id, block in _blocks(weight, partition, group):

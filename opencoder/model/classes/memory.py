@@ -14,8 +14,6 @@ from .partition import Partition
 GB = 1e9
 OFFSET_LIMIT = 2**31
 """From this many edges on, offsets of the column graph need 8 bytes."""
-SHORT_ID_ROWS = 2**16
-"""Up to this many rows a rank, local ids fit 2 bytes."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class HeadMemory:
     graph_positions: float
     graph_offsets: float
     selection: float
-    """One int32 for each row of the rank: its best position among the labels' neighbours."""
+    """Two int32 for each row of the rank: its best position in the labels' lists, and in how many of them it is."""
 
     @property
     def graph(self) -> float:
@@ -84,11 +82,11 @@ def weight_bytes(classes: int, ranks: int, dim: int, recipe: str, *, rho: float 
 
 
 def graph_bytes(classes: int, ranks: int, neighbours: int) -> tuple[float, float, float]:
-    """(ids, positions, offsets) of the column graph on one rank, N·K/P edges of it. Source: sheet 2.4."""
+    """(ids, positions, offsets) of the column graph on one rank, N·K/P edges of it (sheet 2.4, whose 2-byte ids for few rows we do
+    without)."""
     edges = classes * neighbours / ranks
-    id_bytes = 2 if Partition(classes, ranks).size(0) <= SHORT_ID_ROWS else 4
     offset_bytes = 4 if edges < OFFSET_LIMIT else 8
-    return edges * id_bytes, edges * 2.0, (classes + 1.0) * offset_bytes
+    return edges * 4.0, edges * 2.0, (classes + 1.0) * offset_bytes
 
 
 def head_memory(
@@ -124,7 +122,7 @@ def head_memory(
         graph_ids=graph[0],
         graph_positions=graph[1],
         graph_offsets=graph[2],
-        selection=rows * 4.0 if rho < 1 else 0.0,
+        selection=rows * 8.0 if rho < 1 else 0.0,
     )
 
 

@@ -58,11 +58,10 @@ def test_the_graph_of_table_2_4(
         assert got / GB == pytest.approx(want, abs=0.0051 if want > 0.01 else 1e-4)
 
 
-def test_wide_offsets_and_short_ids() -> None:
+def test_wide_offsets() -> None:
     ids, positions, offsets = graph_bytes(10**8, 4, 100)  # 2.5e9 edges
     assert offsets == (10**8 + 1) * 8
     assert ids == 2 * positions
-    assert graph_bytes(65_536 * 2, 2, 4)[0] == 65_536 * 4 * 2
 
 
 @pytest.mark.parametrize(("ranks", "batch", "full"), [(256, 16_384, 25.6), (16, 4_096, 102), (8, 1_024, 51.2)])
@@ -79,7 +78,7 @@ def test_the_total_is_the_sum_and_chunks_bound_logits() -> None:
     assert memory.logits == 64 * scored * 4
     assert memory.scored_rows == scored * 32 * 4
     edges = 1003 * 8 / 4
-    parts = [rows * 32 * 4, 2 * 64 * 32 * 4, scored * 32 * 4, 64 * scored * 4, edges * 2, edges * 2, 1004 * 4, rows * 4]
+    parts = [rows * 32 * 4, 2 * 64 * 32 * 4, scored * 32 * 4, 64 * scored * 4, edges * 4, edges * 2, 1004 * 4, rows * 8]
     assert memory.total == sum(parts)
     assert head_memory(1003, 4, 32, batch=64, rho=0.25, neighbours=8, logit_rows=16).logits == 16 * scored * 4
 
