@@ -17,6 +17,7 @@ from opencoder.parallel.cross_entropy import IGNORE
 from opencoder.parallel.mesh import SINGLE, Mesh
 from opencoder.parallel.placement import Placement, place
 
+from . import probe
 from .partition import Partition
 from .rows import RowOptimizer
 from .scored import RowGradient, ScoredRows, Scratch
@@ -84,6 +85,8 @@ class ClassHead(nn.Module):
         """Neighbours of all classes among the rows here; None, with selection knn too: scored classes are random."""
         self.selection: Selection | None = None
         """Of the last step; None with selection full."""
+        self.probe = probe.Probe()
+        self._probe_due = False
         self.scratch = Scratch()
         self._optimizer: RowOptimizer | None = None
         self._labels: torch.Tensor | None = None
@@ -129,6 +132,7 @@ class ClassHead(nn.Module):
         """`labels`: all valid ones of the step."""
         if self._gradient is not None:
             self._gradient.close()
+        self._probe_due = self.steps % probe.EVERY == 0
         self._rows = self._all_rows() if self.config.selection == "full" else self._selected(labels)
         self._gradient = RowGradient(self._rows, self.scratch)
 
@@ -179,7 +183,11 @@ class ClassHead(nn.Module):
         self._check_scored(gathered, places)
         if self.variant.cosine:
             features = directions(features)
-        total, each = sharded_softmax(features, gathered, places, self._scoring(rows), gradient)
+        scoring = self._scoring(rows)
+        if training and self._probe_due and self.selection is not None:
+            self._probe_due = False
+            self.probe.measure(features, labels, self.first, scoring, self.selection)
+        total, each = sharded_softmax(features, gathered, places, scoring, gradient)
         return total, {"tokens": (labels != IGNORE).sum(), "token_losses": each, "z_loss": total.new_zeros(())}
 
     def _check_scored(self, gathered: torch.Tensor, places: torch.Tensor) -> None:
@@ -248,6 +256,14 @@ class ClassHead(nn.Module):
         self.optimizer.step(self._rows, values, lr=lr, clip=clip_coef, skip=skip)
         self._gradient.close()
         self._rows = self._gradient = None
+
+    def metrics(self) -> dict[str, float]:
+        """What is known of the selection: `eps`, `coverage` of the step measured last (see probe.py), `active_per_label`, classes
+        scored on all ranks for each distinct label of the last step. Sends nothing; waits for the device."""
+        found = self.probe.values()
+        if self._labels is not None and self._labels.numel():
+            found["active_per_label"] = self._scored_of_all(self._labels) / self._labels.unique().numel()
+        return found
 
     def state_tensors(self) -> dict[str, StateTensor]:
         """What a checkpoint must hold beside the weight: `optim.<name>.<key>` → (this rank's rows, where they live)."""

@@ -136,7 +136,8 @@ def missing_mass(features: torch.Tensor, labels: torch.Tensor, local: torch.Tens
     """eps (B,) of the sheet's 2.7: softmax mass of each sample, over all classes, on those that are not scored.
 
     features (B, D), labels (B,), equal on all ranks of the class group; local (B,): the labels less this rank's first class. What
-    is scored is `scoring.rows`, whose offsets do not count. A loss over the scored classes is too small by −log(1 − eps)."""
+    is scored is `scoring.rows`, whose offsets do not count, nor does smoothing. A loss over the scored classes is too small by
+    −log(1 − eps)."""
     scored = replace(scoring.rows, offsets=None)
     rest = replace(scored, ids=None)
     if scored.ids is not None:
