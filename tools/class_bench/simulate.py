@@ -28,10 +28,12 @@ class StubGroup(Group):
     """A group of `size` of which this rank alone exists. The batch of the others must be set before it is gathered."""
 
     others: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
-    """By shape of this rank's part: the whole that a gather returns."""
+    """By shape of this rank's part: the whole that a gather returns. For other shapes all ranks have what this one has."""
 
     def all_gather(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        whole = self.others[tuple(x.shape)]
+        whole = self.others.get(tuple(x.shape))
+        if whole is None:
+            return x.repeat(self.size, *[1] * (x.dim() - 1))
         own = self.rank * x.shape[0]
         whole[own : own + x.shape[0]] = x
         return whole if out is None else out.copy_(whole)

@@ -151,11 +151,11 @@ def _products(weight: torch.Tensor, features: torch.Tensor, rows: int = 512) -> 
     """The three products of a full step, 6·B·N_r·D operations, in blocks that stay in cache: the rate that can be had."""
     dx = torch.zeros_like(features)
     logits, dw = features.new_empty(rows, len(features)), features.new_empty(rows, features.shape[1])
-    for begin in range(0, weight.shape[0] - rows + 1, rows):
-        w = weight[begin : begin + rows]
-        torch.mm(w, features.t(), out=logits)
-        torch.mm(logits, features, out=dw)
-        dx.addmm_(logits.t(), w)
+    for w in weight.split(rows):
+        g = logits[: len(w)]
+        torch.mm(w, features.t(), out=g)
+        torch.mm(g, features, out=dw[: len(w)])
+        dx.addmm_(g.t(), w)
 
 
 def missing_mass(weight: torch.Tensor, features: torch.Tensor, scored: torch.Tensor | None, group: Group) -> float:
@@ -183,15 +183,13 @@ def time_graph(mesh: Mesh, settings: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "products": products, **_recall(weight, lists, probe, partition, group, k)}
 
 
-def _graph_products(
-    weight: torch.Tensor, partition: Partition, group: Group, rows: int = 512, tile: int = 1024
-) -> None:
+def _graph_products(weight: torch.Tensor, group: Group, rows: int = 512, tile: int = 1024) -> None:
     """As many products as the graph needs, 2·N_r·N·D operations, and nothing else."""
-    out = weight.new_empty(rows, tile)
-    for _ in range(group.size):
-        for a in weight[: weight.shape[0] // rows * rows].split(rows):
-            for b in weight[: weight.shape[0] // tile * tile].split(tile):
-                torch.mm(a, b.t(), out=out)
+    out = weight.new_empty(rows * tile)
+    for _ in range(group.size):  # the blocks of the others are as large, to within a row
+        for a in weight.split(rows):
+            for b in weight.split(tile):
+                torch.mm(a, b.t(), out=out[: len(a) * len(b)].view(len(a), len(b)))
 
 
 def _recall(
