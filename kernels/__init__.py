@@ -14,8 +14,10 @@ if __name__ == "opencoder.kernels":
         NOBODY,
         merge_nearest,
         nearest_ids,
+        nearest_keys,
         nearest_scores,
         neighbour_priority,
+        random_keys,
         smallest_keys,
     )
     from .cross_entropy import ce_grad, ce_stats, cross_entropy
@@ -40,8 +42,10 @@ if __name__ == "opencoder.kernels":
         "linear_cross_entropy",
         "merge_nearest",
         "nearest_ids",
+        "nearest_keys",
         "nearest_scores",
         "neighbour_priority",
+        "random_keys",
         "rms_norm",
         "rotary",
         "smallest_keys",

@@ -16,6 +16,7 @@ FAR = _reference.FAR
 NOBODY = _reference.NOBODY
 """Key of an empty place in a list of nearest rows."""
 nearest_ids, nearest_scores = _reference.nearest_ids, _reference.nearest_scores
+nearest_keys, random_keys = _reference.nearest_keys, _reference.random_keys
 
 
 @torch.no_grad()

@@ -81,7 +81,9 @@ def merge_likely(
 ) -> None:
     """The `candidates` pairs of each query with the greatest products are scored; one more, in case one is the query itself."""
     columns = products.topk(min(candidates + 1, products.shape[1]), dim=1, sorted=False).indices
-    step = max(1, (1 << 26) // (columns.shape[1] * rows.shape[1]))  # of gathered rows in fp64 there are 0.5 GB at one time
+    step = max(
+        1, (1 << 26) // (columns.shape[1] * rows.shape[1])
+    )  # of gathered rows in fp64 there are 0.5 GB at one time
     for at in range(0, columns.shape[0], step):
         part = slice(at, at + step)
         found = rows[columns[part]].double()

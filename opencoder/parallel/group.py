@@ -151,6 +151,21 @@ class Group:
         """(size·n, …) → the same shape: row block i goes to rank i, and block j of the result comes from rank j."""
         return self.start_all_to_all(x).wait()
 
+    def all_to_all_uneven(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """(sum of counts, …), counts[i] rows for rank i → what the ranks had for this one, in rank order."""
+        if len(counts) != self.size or sum(counts) != x.shape[0]:
+            raise ValueError(f"all_to_all_uneven: counts {list(counts)} for {x.shape[0]} rows and {self.size} ranks")
+        if self.size == 1:
+            return x
+        coming = self.all_to_all(torch.tensor(list(counts), device=x.device)).tolist()
+        x, found = x.contiguous(), x.new_empty(sum(coming), *x.shape[1:])
+        return self._start(
+            "all_to_all",
+            [x],
+            lambda: dist.all_to_all_single(found, x, coming, list(counts), group=self.process_group, async_op=True),
+            lambda: found,
+        ).wait()
+
     def broadcast(self, x: torch.Tensor, source: int = 0) -> torch.Tensor:
         """`x` of the group's rank `source`, into `x` of all."""
         if self.size == 1:

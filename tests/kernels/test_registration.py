@@ -169,6 +169,7 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
     matrices = draw(4, 3).requires_grad_(), draw(11, 3, seed=1).requires_grad_()
     clip = torch.ones((), dtype=torch.float64, device=DEVICE)
     control = clip if IMPL == "cpp" else torch.stack([clip, 0 * clip])  # on a GPU with the flag that skips the step
+    numbers, x32, w32 = torch.arange(8, device=DEVICE), x.float(), draw(2, 8).float()
     return {
         "rms_norm_fwd": (x.clone().requires_grad_(), w.clone().requires_grad_(), 1e-5),
         "add_rms_norm_fwd": (x.clone().requires_grad_(), x.clone().requires_grad_(), w.clone().requires_grad_(), 1e-5),
@@ -191,6 +192,9 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
         "linear_ce_backward": (lse, *(m.detach() for m in matrices), TARGETS, lse, IMPL, 3, 0.1, 0.1, 2.0, True, False),
         "adamw_step_": (params, [p.clone() for p in params], *state, [], control, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1),
         "square_sum": (params,),
+        "merge_nearest_": (numbers.view(2, 4).clone(), w32 @ x32.t(), w32, x32, numbers[:2], 4, 1e-6),
+        "neighbour_priority": (numbers[:1], BOUNDS, numbers[:4].int(), numbers[:4].short(), 5),
+        "smallest_keys": (numbers.int(), 4, 2, -5),
     }
 
 

@@ -75,10 +75,10 @@ def build_graph(
     each of its classes, itself first whatever the cosines, then falling, ties by smaller id. Called by all ranks.
 
     With `query_rows` (local ids, 1-D) the lists of these alone, (len, K): then the queries travel instead of the matrix. A
-    row of zeros has cosine 0 with every other. `dtype` is that of the products, `candidate_ratio` K'/K of a tile of them (for a
-    GPU; on a CPU every pair within the rounding error of the K-th place is scored again). Beside the result a build needs two fp32 copies
-    of the shard, one tile of scores and 8·N_r·K bytes. Raises ConfigError for K outside [1, N], Failure on all ranks for weights
-    that are not finite."""
+    row of zeros has cosine 0 with every other. `dtype` is that of the products; `candidate_ratio` is K'/K of a tile of them
+    (on a GPU; on a CPU every pair within the rounding error of the K-th place is scored again). Beside the result a build
+    needs two fp32 copies of the shard, one tile of scores and 8·N_r·K bytes. Raises ConfigError for K outside [1, N], Failure
+    on all ranks for weights that are not finite."""
     if not 1 <= neighbours <= partition.classes:
         raise ConfigError(
             f"model.head.neighbours={neighbours}: a class has between 1 (itself) and {partition.classes} (all) neighbours"
@@ -165,9 +165,12 @@ def _search_block(
     if not search.kept:
         return
     rounded = queries.to(search.operand_type).to(search.product_type)
+    # One buffer for all tiles stays in cache, where a new one for each would be memory fresh from the system.
+    buffer = rounded.new_empty(queries.shape[0] * min(search.tile_rows, block.shape[0]))
     for at in range(0, block.shape[0], search.tile_rows):
         tile = block[at : at + search.tile_rows]
-        products = rounded @ tile.to(search.operand_type).to(search.product_type).t()
+        products = buffer[: queries.shape[0] * tile.shape[0]].view(queries.shape[0], tile.shape[0])
+        torch.mm(rounded, tile.to(search.operand_type).to(search.product_type).t(), out=products)
         K.merge_nearest(
             best, products, queries, tile, query_ids, first_id + at, slack=search.slack, candidates=search.candidates
         )
