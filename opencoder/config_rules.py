@@ -157,7 +157,8 @@ def _check_model(config: Config) -> None:
         raise ConfigError(f"model.kv_heads={m.kv_heads} must divide model.heads={m.heads}: one of {divisors(m.heads)}")
     if m.head_dim % 2:
         raise ConfigError(f"model.head_dim={m.head_dim} must be even: rotary embedding turns pairs")
-    for name in ("heads", "ffn_size", "padded_vocab_size"):
+    features = m.encoder.input == "features"  # neither attention nor embedding
+    for name in ("ffn_size",) if features else ("heads", "ffn_size", "padded_vocab_size"):
         size = getattr(m, name)
         if size % tp:
             allowed = [d for d in divisors(size) if d <= 64]

@@ -37,7 +37,7 @@ class TokenTrunk(Decoder):
 
 
 class FeatureBlock(nn.Module):
-    """(B, M) → (B, M): x + mlp(norm(x))."""
+    """(B, S, M) → (B, S, M): x + mlp(norm(x))."""
 
     def __init__(self, config: ModelConfig, mesh: Mesh, how: How) -> None:
         super().__init__()
@@ -60,16 +60,16 @@ class FeatureTrunk(nn.Module):
         self.layers = nn.ModuleDict({str(i): FeatureBlock(config, mesh, how) for i in range(config.layers)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.input(x.to(self.input.weight.dtype))
+        x = self.input(x.to(self.input.weight.dtype))[:, None]  # the layers are those of texts: one token each
         for block in self.layers.values():
             x = block(x)
-        return x
+        return x[:, 0]
 
 
 def _whole_linear(d_in: int, d_out: int) -> nn.Linear:
     """The same on all ranks."""
     linear = nn.Linear(d_in, d_out, bias=False)
-    place(linear.weight, replicated((d_out, d_in)))
+    linear.weight = place(nn.Parameter(linear.weight.detach()), replicated((d_out, d_in)))
     return linear
 
 

@@ -4,7 +4,7 @@ Everything stays on the device: what the host wants to know, it reads from the r
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +12,15 @@ from opencoder.parallel.mesh import Group
 
 SMALLEST_SPREAD = 1e-4
 """Standard deviation that is assumed at least, as a share of the mean: a loss that no longer moves has no spikes of rounding."""
+
+
+class Memory(NamedTuple):
+    """What a guard remembers."""
+
+    values: torch.Tensor
+    """(2, window): losses, norms; a ring."""
+    seen: torch.Tensor
+    """Updates made, 0-dim."""
 
 
 class Guard:
@@ -43,13 +52,15 @@ class Guard:
         self._count += ~skip
         return skip
 
-    def state(self) -> dict[str, Any]:
-        """What is remembered, oldest first, for a checkpoint. Waits for the device."""
-        count = int(self._count)
-        if count < self.window:
-            values = self._values[:, :count]
-        else:
-            values = self._values.roll(-(count % self.window), 1)
+    def snapshot(self) -> Memory:
+        """What is remembered now, on the device. Does not wait for it."""
+        return Memory(self._values.clone(), self._count.clone())
+
+    def state(self, memory: Memory | None = None) -> dict[str, Any]:
+        """What is remembered, oldest first, for a checkpoint; or was when the snapshot `memory` was made. Waits for the device."""
+        values, seen = memory or (self._values, self._count)
+        count = int(seen)
+        values = values[:, :count] if count < self.window else values.roll(-(count % self.window), 1)
         return {"losses": values[0].tolist(), "norms": values[1].tolist()}
 
     def load(self, state: dict[str, Any]) -> None:

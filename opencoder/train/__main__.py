@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe(config, size))
         return 0
 
+    from .class_loop import ClassTrainer
     from .loop import Trainer
     from .memory_check import check_memory
 
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if mesh.world.rank == 0:
                 print(f"dp = {data_parallel_size(config, size)}", flush=True)
             check_memory(config, mesh, device)
-            Trainer(config, mesh, device).run()
+            kind = ClassTrainer if config.model.head.kind == "class" else Trainer
+            kind(config, mesh, device).run()
     except UserError as error:
         if (left := restarts_left()) and not error.told_elsewhere:
             print(

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from opencoder.config import Config
-from opencoder.config_rules import phases
 from opencoder.data import tokenizer as tok
 from opencoder.data.cache import IndexCache
 from opencoder.data.fim import Fim, FimIds
@@ -24,7 +23,8 @@ from opencoder.errors import ConfigError
 from opencoder.parallel.layout import stage_ranks
 from opencoder.parallel.mesh import Mesh
 
-from .stages import Settings, Stage, asked_settings, from_records, plan
+from .class_data import class_settings
+from .stages import Settings, Stage, asked_settings, from_records, micro_batch_size_at, plan
 
 TRAIN, VALID = 0, 1
 """Parts of `data.split`."""
@@ -51,6 +51,8 @@ def plan_stages(
 
 
 def _asked(config: Config) -> dict[int, Settings]:
+    if config.data.kind == "classification":
+        return class_settings(config)
     return asked_settings(config, lambda prefix: IndexedDataset(prefix).identity, _fim(config))
 
 
@@ -89,7 +91,7 @@ class TrainingData:
             loader = BatchLoader(
                 dataset,
                 global_batch_size=stage.settings.global_batch_size,
-                micro_batch_size=_micro_batch_size(self.config, first),
+                micro_batch_size=micro_batch_size_at(self.config, first),
                 dp_rank=self.mesh.dp.rank,
                 dp_size=self.mesh.dp.size,
                 start_sample=(first - stage.first_step) * stage.settings.global_batch_size,
@@ -162,20 +164,6 @@ def _needs_text(config: Config, mesh: Mesh) -> bool:
     """Whether this rank has the embedding or the head; one between them needs the bounds of documents alone."""
     ranks = stage_ranks(config.parallel.schedule, mesh.pp.size, config.parallel.virtual_stages)
     return mesh.pp.rank in (ranks[0], ranks[-1])
-
-
-def _micro_batch_size(config: Config, step: int) -> int:
-    """That of update `step`; no part of a stage, as the order of samples does not depend on it."""
-    return next(phase.micro_batch_size for phase in reversed(phases(config)) if phase.first_step <= step)
-
-
-def consumed_samples(stages: Sequence[Stage], step: int) -> int:
-    """Samples in the first `step` updates."""
-    return sum(
-        (min(stage.end, step) - stage.first_step) * stage.settings.global_batch_size
-        for stage in stages
-        if stage.first_step < step
-    )
 
 
 def _dataset(

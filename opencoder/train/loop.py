@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
 from opencoder import kernels as K
 from opencoder.checkpoint.saver import Saver
 from opencoder.config import Config
 from opencoder.data.loader import BatchLoader, MicroBatch
-from opencoder.errors import ConfigError, Failure
+from opencoder.errors import ConfigError
 from opencoder.model.decoder import Decoder, Part, named_parameters, parameter_count
 from opencoder.model.initialise import build_model
 from opencoder.model.recompute import OPERATORS
@@ -25,9 +24,11 @@ from opencoder.optim.build import build_optimizer
 from opencoder.optim.schedule import lr_at
 from opencoder.parallel.mesh import Mesh
 
+from .class_data import ClassData
 from .data import TrainingData, validation_loader
 from .environment import DTYPES
-from .metrics import MFU_CONVENTION, flops_per_token, losses_by_group, measure_gemm_tflops, peak_memory_gib
+from .late import LAG, Late, on_device
+from .metrics import MFU_CONVENTION, peak_memory_gib
 from .pipeline_runner import Chunks, PipelineRunner, build_chunks, models_of
 from .preflight import preflight
 from .report import Report
@@ -36,13 +37,16 @@ from .signals import Asked, Signals
 from .skipping import Skipping
 from .stages import Stage
 from .state import restore, tensors_of
-from .step import Guard, TrainStep
+from .step import Runner, TrainStep
+from .telling import Done, Teller
 
 log = logging.getLogger("opencoder")
 
 
 class Trainer:
     """One run on this rank: builds or resumes it, steps, saves, evaluates."""
+
+    model: nn.Module
 
     def __init__(self, config: Config, mesh: Mesh, device: torch.device) -> None:
         self.config, self.mesh, self.device = config, mesh, device
@@ -52,32 +56,25 @@ class Trainer:
         self.dtype = DTYPES[config.train.precision]
         t = config.train
         self.model = self._build()
-        self.optimizer: Optimizer = build_optimizer(
-            named_parameters(self.model),
-            config.optim,
-            mesh,
-            sharded=config.parallel.sharded_optimizer,
-            modules=models_of(self.model),
-        )
+        self.optimizer: Optimizer = self._build_optimizer()
         self.saver = Saver(self.run_dir, config.checkpoint, mesh, timeout_s=t.timeout_s, say=self._say)
         self.save_wait_s = 0.0
         """Seconds that training has waited for checkpoints since the last row of metrics."""
         self.state = restore(config, self.model, self.optimizer, mesh, say=self._say)
         self.skipping = Skipping(config, self.state, mesh, device) if t.skip is not None else None
-        check: Guard = self._stop_if_not_finite if self.skipping is None else self.skipping.guard
-        runner = None
-        if isinstance(self.model, Chunks):
-            again = bool(set(t.recompute.modules) - OPERATORS)
-            runner = PipelineRunner(self.model, self.optimizer, mesh, config.parallel, device=device, recompute=again)
-        guard = partial(self._before_update, check)
-        self.train_step = TrainStep(self.model, self.optimizer, mesh, device=device, runner=runner, guard=guard)
+        self.lag = LAG[device.type]
+        self.train_step = TrainStep(
+            self.model, self.optimizer, mesh, device=device, runner=self._build_runner(), guard=self._before_update
+        )
         self.total_steps = t.total_steps()
         self.stage: Stage | None = None
         self.data = self._open_data()
-        self.validation = validation_loader(config, mesh, pin_memory=device.type == "cuda")
-        self.parameters = parameter_count(config.model)
+        self.validation = self._open_validation()
+        self.parameters = self._count_parameters()
 
-    def _build(self) -> Decoder | Chunks:
+    # What ClassTrainer has of its own (class_loop.py).
+
+    def _build(self) -> nn.Module:
         """The model, or the stages of it that this rank holds."""
         c = self.config
 
@@ -98,7 +95,27 @@ class Trainer:
             return build()
         return build_chunks(c.model, c.parallel, self.mesh, seq_len=c.data.seq_len, build=build)
 
-    def _open_data(self) -> TrainingData:
+    def _build_optimizer(self) -> Optimizer:
+        c = self.config
+        assert isinstance(self.model, Decoder | Chunks), type(self.model)
+        modules, sharded = models_of(self.model), c.parallel.sharded_optimizer
+        return build_optimizer(named_parameters(self.model), c.optim, self.mesh, sharded=sharded, modules=modules)
+
+    def _build_runner(self) -> Runner | None:
+        """None: micro-batches one after another through the whole model."""
+        if not isinstance(self.model, Chunks):
+            return None
+        c = self.config
+        again = bool(set(c.train.recompute.modules) - OPERATORS)
+        return PipelineRunner(self.model, self.optimizer, self.mesh, c.parallel, device=self.device, recompute=again)
+
+    def _open_validation(self) -> BatchLoader | None:
+        return validation_loader(self.config, self.mesh, pin_memory=self.device.type == "cuda")
+
+    def _count_parameters(self) -> int:
+        return parameter_count(self.config.model)
+
+    def _open_data(self) -> TrainingData | ClassData:
         """What is to be read from the step where the run stands."""
         state, pin_memory = self.state, self.device.type == "cuda"
         return TrainingData(self.config, state.stages, self.mesh, step=state.step, pin_memory=pin_memory)
@@ -134,16 +151,23 @@ class Trainer:
         self._announce()
         signals = Signals()
         report = Report(self.config, self.mesh, self.device, step=self.state.step)
-        peak = self.config.log.peak_tflops or measure_gemm_tflops(self.device, self.dtype)
+        teller = Teller(self.config, self.mesh, self.device, report, self.skipping, late=self.lag > 0, dtype=self.dtype)
         batches = self.data.batches(self.state.step)
+        unread: deque[Done] = deque()
         try:
             while self.state.step < self.total_steps:
-                report.step(self._one_step(batches, peak, report))
-                if self.skipping is not None and self.skipping.must_rewind():
-                    self._go_back(self.skipping)
-                    report.go_back(self.state.step)
-                    batches = self.data.batches(self.state.step)
-                if self._save_if_due(signals.agree(self.mesh.world, self.device, failed=self.saver.failed)):
+                unread.append(self._one_step(batches, unread, signals, report))
+                asked = Asked()
+                # The numbers of a step are read `lag` steps later; before a save or a stop all of them, for they may forbid it.
+                while len(unread) > (0 if asked or self._is_due() else self.lag):
+                    done = unread.popleft()
+                    asked = asked.merged(teller.tell(done))
+                    if self.skipping is not None and self.skipping.must_rewind(done.step):
+                        unread.clear()
+                        self._go_back(self.skipping, done.step)
+                        report.go_back(self.state.step)
+                        batches = self.data.batches(self.state.step)
+                if self._save_if_due(asked):
                     self.saver.wait()
                     self._say(f"stopped at step {self.state.step} as asked; the same command goes on from here")
                     break
@@ -166,19 +190,23 @@ class Trainer:
         self.saver.wait()
         self._say("the checkpoint of step 0 is there; without checkpoint.seed, the same command trains from it")
 
+    def _is_due(self) -> bool:
+        """Whether the schedule, or the end of the run, asks for a checkpoint of the current step."""
+        step, every = self.state.step, self.config.checkpoint.every
+        return step == self.total_steps or (every is not None and step % every == 0)
+
     def _save_if_due(self, asked: Asked) -> bool:
         """Save when the schedule, the end of the run or a signal asks for it; True means stop now."""
         if asked.failed:
             self.saver.wait()
-        every = self.config.checkpoint.every
-        if asked.save or self.state.step == self.total_steps or (every is not None and self.state.step % every == 0):
+        if asked.save or asked.stop or self._is_due():
             self.save()
         return asked.stop
 
-    def _go_back(self, skipping: Skipping) -> None:
-        """To the newest checkpoint from before a row of skipped steps."""
+    def _go_back(self, skipping: Skipping, at: int) -> None:
+        """To the newest checkpoint from before the row of skipped steps that ends with `at`."""
         self.saver.wait()
-        at = self.state.step
+        self.state.step = at
         rewind(self.config, self.state, self.model, self.optimizer, skipping.guard, self.mesh)
         self.data, self.stage = self._open_data(), None
         self._say(
@@ -187,78 +215,72 @@ class Trainer:
         )
 
     def _one_step(
-        self, batches: Iterator[tuple[Stage, list[MicroBatch]]], peak_tflops: float, report: Report
-    ) -> dict[str, Any]:
-        """Do the next step; returns its row of metrics, the same on every rank."""
+        self,
+        batches: Iterator[tuple[Stage, list[MicroBatch]]],
+        unread: Iterable[Done],
+        signals: Signals,
+        report: Report,
+    ) -> Done:
+        """Do the next step, or on a GPU queue it. `unread`: those before it whose numbers are not read yet."""
         start = time.perf_counter()
         stage, micro_batches = next(batches)
         data_wait_s = time.perf_counter() - start
-        state = self.state
         if stage is not self.stage:
             self.stage = stage
             self._say(self.data.describe(stage))
-        records = self.mesh.records
-        records.step = state.step + 1
-        lr = lr_at(state.step, self.config.optim, self.total_steps)
-        if state.leaves_out(state.step + 1):
-            return self._leave_out(stage, lr)
-        groups = self.data.group_names(stage) if (state.step + 1) % self.config.log.every == 0 else None
+        state, records = self.state, self.mesh.records
+        records.step = step = state.step + 1
+        done = Done(step, stage, start, lr=lr_at(state.step, self.config.optim, self.total_steps))
+        numbers: dict[str, torch.Tensor] = {}
         blocked_before_s = records.blocked_s
-        result = self.train_step.update(micro_batches, lr=lr, groups=len(groups) if groups is not None else 0)
-        state.step += 1
-        seq_len, samples = stage.settings.seq_len, stage.settings.global_batch_size
-        state.tokens += seq_len * samples
-        row: dict[str, Any] = {"step": state.step, "loss": float(result.loss), "grad_norm": float(result.grad_norm)}
-        row |= {"lr": lr, "tokens": state.tokens}
-        if self.config.train.z_loss and result.z_loss is not None:
-            row["z_loss"] = float(result.z_loss)
-        if groups is not None and result.by_group is not None:
-            row |= losses_by_group(result.by_group, groups)
-        if self.skipping is not None:
-            row["skipped"] = self.skipping.note(result)
+        if state.leaves_out(step):
+            self.optimizer.set_step_count(step)  # the optimizer counts it, as it counts a skipped one
+            done.left_out = True
+        else:
+            numbers = self._update(done, micro_batches)
+            state.tokens += stage.settings.seq_len * stage.settings.global_batch_size
+        state.step, done.tokens = step, state.tokens
         self._say_end(stage)
-        step_s = time.perf_counter() - start
-        mem_gib, busy_s = peak_memory_gib(self.device), step_s - (records.blocked_s - blocked_before_s)
-        report.straggler.add(state.step, busy_s=busy_s, data_wait_s=data_wait_s, mem_gib=mem_gib)
-        row |= self._evaluated()
-        communicated = records.take()
-        worst = torch.tensor([step_s, data_wait_s, mem_gib, communicated.blocked_s], dtype=torch.float64)
-        worst = self.mesh.world.all_reduce(worst.to(self.device), "max")
-        row["save_wait_s"], self.save_wait_s = self.save_wait_s, 0.0
-        row["step_s"], row["data_wait_s"], row["mem_gib"], blocked_s = worst.tolist()
-        row |= {"comm_bytes": communicated.bytes, "comm_wait_s": blocked_s if self.device.type == "cpu" else None}
-        row["tokens_per_s"] = seq_len * samples / row["step_s"]
-        flops = flops_per_token(self.config.model, self.parameters, seq_len) * row["tokens_per_s"]
-        row["mfu"] = flops / (peak_tflops * 1e12 * self.mesh.world.size)
-        return row
+        step_s, mem_gib = time.perf_counter() - start, peak_memory_gib(self.device)
+        blocked_s = records.blocked_s - blocked_before_s
+        if not done.left_out:
+            busy_s = step_s - blocked_s
+            ranks = report.straggler.add(step, busy_s=busy_s, data_wait_s=data_wait_s, mem_gib=mem_gib)
+            numbers |= {} if ranks is None else {"ranks": ranks}
+        worst = [step_s, data_wait_s, mem_gib, blocked_s, *signals.take(failed=self.saver.failed)]
+        numbers["worst"] = self.mesh.world.all_reduce(on_device(worst, self.device), "max")
+        done.numbers = Late(numbers)
+        done.valid = self._evaluated([*unread, done])
+        done.comm_bytes = records.take().bytes
+        done.save_wait_s, self.save_wait_s = self.save_wait_s, 0.0
+        return done
 
-    def _before_update(self, guard: Guard, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor | None:
+    def _update(self, done: Done, micro_batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
+        """The update of the step; returns its numbers, on the device."""
+        if done.step % self.config.log.every == 0:
+            done.groups = self.data.group_names(done.stage)
+        guard = self.skipping.guard if self.skipping is not None else None
+        done.compared_with = guard.snapshot() if guard is not None and self.lag else None
+        groups = len(done.groups) if done.groups is not None else 0
+        result = self.train_step.update(micro_batches, lr=done.lr, groups=groups)
+        found = {"loss": result.loss, "grad_norm": result.grad_norm, "skip": result.skip, "by_group": result.by_group}
+        if self.config.train.z_loss:
+            found["z_loss"] = result.z_loss
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def _before_update(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor | None:
         """Gradients are there, weights are about to change: a save that still copies them comes first."""
         self.save_wait_s += self.saver.wait_staged()
-        return guard(loss, grad_norm)
+        return self.skipping.guard(loss, grad_norm) if self.skipping is not None else None
 
-    def _leave_out(self, stage: Stage, lr: float) -> dict[str, Any]:
-        """A step without an update: its batch is passed by. The optimizer counts it, as it counts a skipped one."""
-        state = self.state
-        state.step += 1
-        self.optimizer.set_step_count(state.step)
-        self._say_end(stage)
-        row = {"step": state.step, "loss": None, "grad_norm": None, "lr": lr, "tokens": state.tokens}
-        return {**row, "skipped": True, "left_out": True, **self._evaluated()}
-
-    def _evaluated(self) -> dict[str, float]:
-        """The loss on the validation samples, if it is time for it."""
+    def _evaluated(self, begun: Iterable[Done]) -> dict[str, float]:
+        """The loss on the validation samples, if it is time for it. `begun`: steps whose numbers are not read yet."""
         step, every = self.state.step, self.config.train.eval_every
         if self.validation is None or (step < self.total_steps and step % (every or 1)):
             return {}
+        for done in begun:
+            done.numbers.wait()  # the time that the evaluation takes is not theirs
         return {"valid_loss": self.evaluate(self.validation)}
-
-    def _stop_if_not_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise Failure(
-                f"step {self.state.step + 1}: loss {float(loss)}, gradient norm {float(grad_norm)}: not finite. Lower "
-                "optim.lr or look at the data of this step; the newest checkpoint is from before it"
-            )
 
     def evaluate(self, loader: BatchLoader) -> float:
         """Mean token loss over the evaluation samples, the same on every rank."""

@@ -22,8 +22,11 @@ from opencoder.checkpoint.together import together
 from opencoder.config import Config
 from opencoder.errors import ConfigError, DataError
 from opencoder.model.decoder import Decoder, named_parameters
+from opencoder.model.encoder import HEAD_KEY, Encoder
 from opencoder.optim.update import check_groups
 from opencoder.parallel.mesh import AXES, Mesh
+
+from .class_data import check_class_inputs
 
 log = logging.getLogger("opencoder")
 SMALL_BYTES, LARGE_BYTES = 2**18, 2**22
@@ -133,16 +136,27 @@ def check_inputs(config: Config) -> None:
     DataError."""
     if config.optim.groups:
         with torch.device("meta"):
-            check_groups(config.optim, named_parameters(Decoder(config.model)))
+            check_groups(config.optim, keys_of_optimizer(config))
     tokenizer = _tokenizer_facts(config.data.tokenizer) if config.data.tokenizer else None
     if tokenizer and tokenizer["size"] > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer {config.data.tokenizer} with "
             f"{tokenizer['size']} entries: set model.vocab_size={tokenizer['size']}"
         )
+    if config.data.kind == "classification":
+        check_class_inputs(config, tokenizer["hash"] if tokenizer else None)
+        return
     blends = [config.data.blend, *(stage.blend or [] for stage in config.data.stages)]
     for prefix in dict.fromkeys(entry.prefix for blend in blends for entry in blend):
         _check_dataset(prefix, config, tokenizer)
+
+
+def keys_of_optimizer(config: Config) -> list[str]:
+    """Checkpoint keys of the parameters that the optimizer updates: of a class head, all but its matrix. Build it under
+    `torch.device("meta")`."""
+    if config.model.head.kind == "class":
+        return [key for key in named_parameters(Encoder(config.model, optim=config.optim)) if key != HEAD_KEY]
+    return list(named_parameters(Decoder(config.model)))
 
 
 def _check_dataset(prefix: str, config: Config, tokenizer: dict[str, Any] | None) -> None:

@@ -33,7 +33,7 @@ def rewind(config: Config, state: RunState, model: nn.Module, optimizer: Optimiz
     skip = config.train.skip
     assert skip is not None
     run_dir, world, at = Path(config.run_dir), mesh.world, state.step
-    row = state.skipped_in_a_row()
+    row = state.skipped_in_a_row(at)
     first = max(1, at - row + 1 - skip.rewind_before)
     what = f"step {at}: {row} updates in a row were left out"
     if state.rewinds >= skip.max_rewinds:

@@ -9,22 +9,26 @@ import signal
 from types import FrameType
 from typing import NamedTuple
 
-import torch
-
-from opencoder.parallel.group import Group
-
 
 class Asked(NamedTuple):
-    """What any rank was asked to do since the last agreement."""
+    """What some rank was asked to do."""
 
-    save: bool
-    stop: bool
-    failed: bool
+    save: bool = False
+    stop: bool = False
+    """Save, and stop."""
+    failed: bool = False
     """A rank has seen its background save fail: all must look at theirs."""
+
+    def __bool__(self) -> bool:
+        return any(self)
+
+    def merged(self, other: Asked) -> Asked:
+        """What either says."""
+        return Asked(*(a or b for a, b in zip(self, other, strict=True)))
 
 
 class Signals:
-    """Installs the handlers; `agree` is called by every rank once a step."""
+    """Installs the handlers; `take` is called by every rank once a step."""
 
     def __init__(self) -> None:
         self._save = self._stop = False
@@ -39,14 +43,12 @@ class Signals:
     def _on_usr1(self, number: int, frame: FrameType | None) -> None:
         self._save = True
 
-    def agree(self, world: Group, device: torch.device, *, failed: bool = False) -> Asked:
-        """What was asked of any rank, or has `failed` on one; the same answer on all. Clears the request to save."""
-        flags = torch.tensor([self._save, self._stop, failed], dtype=torch.int32, device=device)
-        # Cleared before the exchange: a signal that arrives during it is kept for the next step.
+    def take(self, *, failed: bool) -> Asked:
+        """What this rank was asked since the last call, for all to agree on. A request to save is cleared, so one that comes
+        later is kept for the next step."""
+        asked = Asked(self._save, self._stop, failed)
         self._save = False
-        world.all_reduce(flags)
-        save, stop, failed = (bool(n) for n in flags.tolist())
-        return Asked(save=save or stop, stop=stop, failed=failed)
+        return asked
 
     def restore(self) -> None:
         """Put back the handlers that were there before."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,6 @@ from opencoder.optim.guard import Guard
 from opencoder.parallel.mesh import Mesh
 
 from .state import RunState
-from .step import StepResult
 
 
 class Skipping:
@@ -30,41 +30,37 @@ class Skipping:
         if state.guard is not None:
             self.guard.load(state.guard)
 
-    def note(self, result: StepResult) -> bool:
-        """Whether the update of step `state.step`, just done, was left out; writes it down if so."""
-        assert result.skip is not None
-        if not bool(result.skip):
-            return False
+    def note(self, step: int, *, loss: float, grad_norm: float, compared_with: dict[str, Any]) -> None:
+        """The update of `step` was left out; writes that down. `compared_with`: what the guard remembered then."""
         state = self.state
-        stage = next(stage for stage in state.stages if stage.first_step < state.step <= stage.end)
+        stage = next(stage for stage in state.stages if stage.first_step < step <= stage.end)
         samples = stage.settings.global_batch_size
-        state.skipped.append(state.step)
+        state.skipped.append(step)
         if self.first_rank:
-            self.file(state.step).parent.mkdir(parents=True, exist_ok=True)
-            found = {"loss": float(result.loss), "grad_norm": float(result.grad_norm)}
+            self.file(step).parent.mkdir(parents=True, exist_ok=True)
+            found = {"loss": loss, "grad_norm": grad_norm}
             write_json(
-                self.file(state.step),
+                self.file(step),
                 {
-                    "step": state.step,
+                    "step": step,
                     **{name: value if math.isfinite(value) else str(value) for name, value in found.items()},
-                    "compared_with": self.guard.state(),
+                    "compared_with": compared_with,
                     "stage": stage.record(),
-                    "samples": [(state.step - stage.first_step + n) * samples for n in (-1, 0)],
+                    "samples": [(step - stage.first_step + n) * samples for n in (-1, 0)],
                 },
             )
-        return True
 
     def file(self, step: int) -> Path:
         """Where the batch of `step` is written down."""
         return Path(self.config.run_dir) / "skipped" / f"step_{step:08}.json"
 
-    def must_rewind(self) -> bool:
-        """Whether `stop_after` updates in a row were left out and the run is to go back; Failure if it is to stop then."""
-        row = self.state.skipped_in_a_row()
+    def must_rewind(self, step: int) -> bool:
+        """Whether `stop_after` updates up to `step` were left out and the run is to go back; Failure if it is to stop then."""
+        row = self.state.skipped_in_a_row(step)
         if row >= self.settings.stop_after and self.settings.on_stop == "stop":
             raise Failure(
-                f"step {self.state.step}: {row} updates in a row were left out, train.skip.stop_after="
+                f"step {step}: {row} updates in a row were left out, train.skip.stop_after="
                 f"{self.settings.stop_after}: lower optim.lr, or look at the batches in "
-                f"{self.file(self.state.step).parent}; the newest checkpoint is from step {self.state.saved_step or 0}"
+                f"{self.file(step).parent}; the newest checkpoint is from step {self.state.saved_step or 0}"
             )
         return row >= self.settings.stop_after

@@ -131,6 +131,20 @@ def plan(
     return stages
 
 
+def consumed_samples(stages: Sequence[Stage], step: int) -> int:
+    """Samples in the first `step` updates."""
+    return sum(
+        (min(stage.end, step) - stage.first_step) * stage.settings.global_batch_size
+        for stage in stages
+        if stage.first_step < step
+    )
+
+
+def micro_batch_size_at(config: Config, step: int) -> int:
+    """That of update `step`; no part of a stage, as the order of samples does not depend on it."""
+    return next(phase.micro_batch_size for phase in reversed(phases(config)) if phase.first_step <= step)
+
+
 def _same(a: Settings, b: Settings) -> bool:
     """Whether samples are the same: a dataset may have moved."""
     return _comparable(a) == _comparable(b)

@@ -20,8 +20,8 @@ from opencoder.optim.base import Optimizer
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import placement_of
 
-from .data import consumed_samples, plan_stages
-from .stages import Stage
+from .data import plan_stages
+from .stages import Stage, consumed_samples
 
 
 @dataclass
@@ -52,10 +52,10 @@ class RunState:
     blends: list[dict[str, Any]] = field(default_factory=list)
     """What each begun stage has read of its datasets (train/data.py: account), as of the newest checkpoint."""
 
-    def skipped_in_a_row(self) -> int:
-        """Steps up to the newest whose update was left out."""
+    def skipped_in_a_row(self, step: int) -> int:
+        """Steps up to `step`, the newest that is known of, whose update was left out."""
         n = 0
-        while n < len(self.skipped) and self.skipped[-1 - n] == self.step - n:
+        while n < len(self.skipped) and self.skipped[-1 - n] == step - n:
             n += 1
         return n
 

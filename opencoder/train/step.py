@@ -148,7 +148,7 @@ class TrainStep:
         count = torch.zeros((), dtype=torch.int64, device=self.device)
         for batch in batches:
             micro_batches = self._cut(batch)
-            count += self.runner.begin_step(mb.labels.to(self.device) for mb in micro_batches)
+            count += self.runner.begin_step(self._labels(micro_batches))
             total += self._summed(self.runner.evaluate(micro_batches)).loss
         return total / count.clamp(min=1)
 
@@ -166,7 +166,10 @@ class TrainStep:
 
     def _count(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Unmasked targets over all ranks, at least 1."""
-        return self.runner.begin_step(mb.labels.to(self.device) for mb in micro_batches).clamp(min=1)
+        return self.runner.begin_step(self._labels(micro_batches)).clamp(min=1)
+
+    def _labels(self, micro_batches: Sequence[MicroBatch]) -> Iterable[torch.Tensor]:
+        return (mb.labels.to(self.device, non_blocking=True) for mb in micro_batches)
 
     def _summed(self, totals: Totals) -> Totals:
         self.mesh.group(("dp", "cp")).all_reduce(totals.values)

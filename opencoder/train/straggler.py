@@ -12,6 +12,7 @@ import torch
 
 from opencoder.parallel.mesh import Group
 
+from .late import on_device
 from .metrics import RowFile
 
 log = logging.getLogger("opencoder")
@@ -28,28 +29,29 @@ class Straggler:
         """Rows of steps that a resumed run does again are removed. The same on all ranks."""
         self.world, self.device, self.every = world, device, every
         self.file = RowFile(run_dir / "ranks.jsonl", first_step=first_step) if world.rank == 0 else None
-        self._sums = torch.zeros(2, dtype=torch.float64)
+        self._sums = [0.0, 0.0]
         self._steps = 0
         self._slow: int | None = None
         self._told: int | None = None
 
-    def add(self, step: int, *, busy_s: float, data_wait_s: float, mem_gib: float) -> None:
+    def add(self, step: int, *, busy_s: float, data_wait_s: float, mem_gib: float) -> torch.Tensor | None:
         """What `step` took here: seconds busy (not waiting in collectives), of these seconds waiting for data, and the
-        highest memory so far. All ranks call this for the same steps."""
-        self._sums += torch.tensor([busy_s, data_wait_s], dtype=torch.float64)
+        highest memory so far. All ranks call this for the same steps. Returns what all ranks took, (ranks, 3), on the device,
+        if a report of it is due."""
+        self._sums = [self._sums[0] + busy_s, self._sums[1] + data_wait_s]
         self._steps += 1
         if step % self.every:
-            return
-        mine = torch.cat([self._sums / self._steps, torch.tensor([mem_gib], dtype=torch.float64)])
-        table = self.world.all_gather(mine.to(self.device)).view(-1, 3).cpu()
-        self._sums.zero_()
-        self._steps = 0
-        if self.file is not None:
-            busy, data_wait, mem = table.T.tolist()
-            self._report({"step": step, "busy_s": busy, "data_wait_s": data_wait, "mem_gib": mem})
+            return None
+        mine = on_device([*(each / self._steps for each in self._sums), mem_gib], self.device)
+        self._sums, self._steps = [0.0, 0.0], 0
+        return self.world.all_gather(mine).view(-1, 3)
 
-    def _report(self, row: dict[str, Any]) -> None:
-        assert self.file is not None
+    def report(self, step: int, table: torch.Tensor) -> None:
+        """Write down what `add` found at `step`, read to the host by now, and warn of a rank that the others wait for."""
+        if self.file is None:
+            return
+        busy, data_wait, mem = table.T.tolist()
+        row: dict[str, Any] = {"step": step, "busy_s": busy, "data_wait_s": data_wait, "mem_gib": mem}
         on_cuda = self.device.type == "cuda"
         # There the host runs ahead of the device and waits for nobody, so its time says nothing of being busy.
         self.file.write(row | {"busy_s": None} if on_cuda else row)

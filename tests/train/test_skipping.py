@@ -23,7 +23,7 @@ from opencoder.train.loop import Trainer
 from opencoder.train.skipping import Skipping
 from opencoder.train.stages import Settings, plan
 from opencoder.train.state import RunState
-from opencoder.train.step import StepResult, TrainStep
+from opencoder.train.step import TrainStep
 from tests.harness import run_cases, run_ranks
 from tests.model.cases import SMALL, model_config
 from tests.parity.cases import Case, micro_batches
@@ -69,11 +69,6 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_a_step_without_update_on_a
             assert all(torch.equal(a, b) for a, b in zip(weights, truth, strict=True)), name
 
 
-def result(loss: float, skip: bool) -> StepResult:
-    one = torch.tensor(1.0)
-    return StepResult(torch.tensor(loss), torch.tensor(float("nan")), one, one, torch.tensor(skip))
-
-
 @pytest.mark.fast
 def test_a_skipped_batch_is_written_down_and_runs_of_them_are_counted(tmp_path: Path) -> None:
     tree = {"run_dir": str(tmp_path), "model": model_config(SMALL).model_dump(), "train": {"skip": {}, "steps": 9}}
@@ -82,8 +77,9 @@ def test_a_skipped_batch_is_written_down_and_runs_of_them_are_counted(tmp_path: 
     rows = []
     for skip in (False, True, True, False, True):
         state.step += 1
-        skipping.note(result(2.0, skip))
-        rows.append(state.skipped_in_a_row())
+        if skip:
+            skipping.note(state.step, loss=2.0, grad_norm=float("nan"), compared_with=skipping.guard.state())
+        rows.append(state.skipped_in_a_row(state.step))
     assert rows == [0, 1, 2, 0, 1]
     assert state.skipped == [2, 3, 5]
     written = json.loads((tmp_path / "skipped" / "step_00000003.json").read_text(), parse_constant=pytest.fail)

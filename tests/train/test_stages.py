@@ -19,9 +19,9 @@ from opencoder.model.decoder import named_parameters
 from opencoder.model.initialise import build_model
 from opencoder.optim.optimizer import ReplicatedOptimizer
 from opencoder.parallel.mesh import Mesh
-from opencoder.train.data import TrainingData, consumed_samples, plan_stages, validation_loader
+from opencoder.train.data import TrainingData, plan_stages, validation_loader
 from opencoder.train.estimate import describe
-from opencoder.train.stages import Settings, Source, Stage, from_records, plan
+from opencoder.train.stages import Settings, Source, Stage, consumed_samples, from_records, plan
 from opencoder.train.step import TrainStep
 
 pytestmark = pytest.mark.fast
