@@ -56,7 +56,9 @@ class Task:
     rebuild: int = 500
     """Steps between two graphs; random classes before the first."""
     test: int = 2000
-    lr: float = 0.5
+    lr: float = 0.05
+    warmup: float = 0.1
+    """Share of the steps over which the rate rises; it then falls as a cosine."""
     spread: float = 0.7
     noise: float = 0.5
 
@@ -90,7 +92,7 @@ def learn(method: Method, task: Task, seed: int) -> dict[str, Any]:
         if method.selection == "knn" and step and step % task.rebuild == 0:
             lists = build_graph(head.weight, head.partition, SINGLE, neighbours=task.neighbours)
             head.columns = ColumnGraph.from_rows(lists, head.partition, SINGLE)
-        rate = 0.5 * (1 + np.cos(np.pi * step / task.steps))
+        rate = rate_at(step, task)
         for group in backbone.param_groups:
             group["lr"] = task.lr / 10 * rate
         count = head.begin_step([labels])
@@ -108,6 +110,14 @@ def learn(method: Method, task: Task, seed: int) -> dict[str, Any]:
         found = head.logits_topk(network(features), 1)[1][:, 0]
     top1 = float((found == labels).double().mean())
     return {"top1": top1, "missing_mass": float(np.mean(mass)) if mass else 0.0, "seconds": seconds}
+
+
+def rate_at(step: int, task: Task) -> float:
+    """Share of the peak rate."""
+    rise = task.warmup * task.steps
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return float(0.5 * (1 + np.cos(np.pi * (step - rise) / (task.steps - rise))))
 
 
 def _batch(made: Siblings, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
