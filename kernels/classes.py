@@ -99,8 +99,9 @@ def smallest_keys(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`count` of the rows of priority (N,) int32, ascending (int64), and which of them were chosen by priority (bool).
 
-    By priority: the `hard` smallest (fewer where the others are FAR), ties to the smaller row. The rest is drawn uniformly from
-    the rows that are left, by `seed` (64 bits), the same with every implementation and on every device."""
+    Priorities are from −1 on, below 2²⁶, or FAR. By priority: the `hard` smallest (fewer where the others are FAR), ties to
+    the smaller row. The rest is drawn uniformly from the rows that are left, by `seed` (64 bits), the same with every
+    implementation and on every device."""
     if priority.dim() != 1 or priority.dtype != torch.int32:
         raise ValueError(
             f"smallest_keys: priority must be 1-D int32, got {priority.dtype} of shape {tuple(priority.shape)}"

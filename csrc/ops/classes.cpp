@@ -11,7 +11,8 @@ namespace {
 constexpr int64_t kNobody = std::numeric_limits<int64_t>::min();  // an empty place
 constexpr int32_t kFar = std::numeric_limits<int32_t>::max();     // nobody's neighbour
 constexpr int64_t kLast = std::numeric_limits<int32_t>::max();
-constexpr int64_t kStrip = 256;  // products looked at together
+constexpr int64_t kStrip = 256;  // products looked at together,
+constexpr int64_t kPart = 32;    // and where one of them may count
 
 // ---- nearest rows ----
 
@@ -45,6 +46,21 @@ INLINE float dot(const float* a, const float* b, int64_t n) {
     return static_cast<float>(sum);
 }
 
+template <typename Real>
+INLINE Real greatest(const Real* values, int64_t n) {
+    Real found = -std::numeric_limits<Real>::infinity();
+#pragma omp simd reduction(max : found)
+    for (int64_t i = 0; i < n; ++i) found = found < values[i] ? values[i] : found;
+    return found;
+}
+
+// Into a falling list, whose last key falls out.
+INLINE void insert(int64_t* best, int64_t* last, int64_t key) {
+    int64_t* place = last;
+    for (; place > best && place[-1] < key; --place) *place = place[-1];
+    *place = key;
+}
+
 template <typename T>
 INLINE void merge_rows(const Merge<T>& a, int64_t begin, int64_t end) {
     using Real = RealOf<T>;
@@ -58,19 +74,18 @@ INLINE void merge_rows(const Merge<T>& a, int64_t begin, int64_t end) {
         for (int64_t at = 0; at < a.columns; at += kStrip) {
             const int64_t n = std::min(kStrip, a.columns - at);
             const Real* products = load<Real>(a.products + q * a.columns + at, scratch, n);
-            Real highest = -std::numeric_limits<Real>::infinity();
-#pragma omp simd reduction(max : highest)
-            for (int64_t i = 0; i < n; ++i) highest = highest < products[i] ? products[i] : highest;
-            if (highest < least) continue;
-            for (int64_t i = 0; i < n; ++i) {
-                if (products[i] < least || at + i == self) continue;
-                const int64_t column = at + i;
-                const int64_t key = key_of(dot(query, a.rows + column * a.width, a.width), a.first_id + column);
-                if (key <= *last) continue;
-                int64_t* place = last;
-                for (; place > best && place[-1] < key; --place) *place = place[-1];
-                *place = key;
-                least = static_cast<Real>(score_of(*last)) - a.slack;
+            if (greatest(products, n) < least) continue;
+            for (int64_t part = 0; part < n; part += kPart) {
+                const int64_t end_of_part = std::min(part + kPart, n);
+                if (greatest(products + part, end_of_part - part) < least) continue;
+                for (int64_t i = part; i < end_of_part; ++i) {
+                    const int64_t column = at + i;
+                    if (products[i] < least || column == self) continue;
+                    const int64_t key = key_of(dot(query, a.rows + column * a.width, a.width), a.first_id + column);
+                    if (key <= *last) continue;
+                    insert(best, last, key);
+                    least = static_cast<Real>(score_of(*last)) - a.slack;
+                }
             }
         }
     }
@@ -112,7 +127,10 @@ void scatter(const Tensor& labels, const Tensor& offsets, const Tensor& ids, con
     const int64_t lists = offsets.numel() - 1, rows = priority.numel();
     for (int64_t u = 0; u < labels.numel(); ++u) {
         STD_TORCH_CHECK(label[u] >= 0 && label[u] < lists, "neighbour_priority: label ", label[u], " of ", lists, " lists");
-        for (int64_t e = offset[label[u]]; e < static_cast<int64_t>(offset[label[u] + 1]); ++e) {
+        const int64_t begin = offset[label[u]], end = offset[label[u] + 1];
+        STD_TORCH_CHECK(begin >= 0 && end <= ids.numel(), "neighbour_priority: list ", label[u], " lies in [", begin, ", ", end,
+                        ") of ", ids.numel(), " ids");
+        for (int64_t e = begin; e < end; ++e) {
             const int32_t row = id[e];
             STD_TORCH_CHECK(row >= 0 && row < rows, "neighbour_priority: id ", row, " of ", rows, " rows");
             least[row] = std::min(least[row], static_cast<int32_t>(position[e]));
@@ -125,11 +143,16 @@ std::tuple<Tensor, Tensor> neighbour_priority(const Tensor& labels_in, const Ten
                                               const Tensor& positions_in, int64_t rows) {
     const Tensor labels = torch::stable::contiguous(labels_in), offsets = torch::stable::contiguous(offsets_in);
     const Tensor ids = torch::stable::contiguous(ids_in), positions = torch::stable::contiguous(positions_in);
-    STD_TORCH_CHECK(ids.numel() == positions.numel(), "neighbour_priority: ids and positions of different lengths");
+    STD_TORCH_CHECK(ids.numel() == positions.numel() && labels.scalar_type() == ScalarType::Long &&
+                        ids.scalar_type() == ScalarType::Int && offsets.numel() > 0 && rows >= 0,
+                    "neighbour_priority: labels must be int64, ids int32, positions of their length, offsets at least one");
     Tensor priority = torch::stable::new_empty(ids, {rows}), count = torch::stable::new_empty(ids, {rows});
     std::fill_n(mutable_data<int32_t>(priority), rows, kFar);
     std::fill_n(mutable_data<int32_t>(count), rows, 0);
     const bool wide = offsets.scalar_type() == ScalarType::Long, short_positions = positions.scalar_type() == ScalarType::Short;
+    STD_TORCH_CHECK((wide || offsets.scalar_type() == ScalarType::Int) &&
+                        (short_positions || positions.scalar_type() == ScalarType::Int),
+                    "neighbour_priority: offsets must be int32 or int64, positions int16 or int32");
     const auto run = wide ? (short_positions ? scatter<int64_t, int16_t> : scatter<int64_t, int32_t>)
                           : (short_positions ? scatter<int32_t, int16_t> : scatter<int32_t, int32_t>);
     run(labels, offsets, ids, positions, priority, count);
@@ -144,6 +167,8 @@ INLINE uint32_t random_key(uint64_t seed, int64_t row) {
     return static_cast<uint32_t>((z ^ (z >> 31)) >> 32);
 }
 
+constexpr int32_t kLongest = 1 << 26;  // of a list of neighbours: its places are counted
+
 // Rows of a priority below `cut` are taken, and the first `ties` of that priority.
 struct Cut {
     int64_t cut, ties, taken;
@@ -151,9 +176,13 @@ struct Cut {
 
 // Where the `wanted` smallest priorities end. They are at most the longest list, so they can be counted.
 Cut cut_of(const int32_t* priority, int64_t rows, int64_t wanted) {
-    int32_t longest = -1;
-    for (int64_t i = 0; i < rows; ++i)
-        if (priority[i] != kFar) longest = std::max(longest, priority[i]);
+    int32_t least = -1, longest = -1;
+    for (int64_t i = 0; i < rows; ++i) {
+        least = std::min(least, priority[i]);
+        longest = std::max(longest, priority[i] == kFar ? -1 : priority[i]);
+    }
+    STD_TORCH_CHECK(least >= -1 && longest < kLongest, "smallest_keys: priorities lie in [", least, ", ", longest,
+                    "]; allowed: from -1 to ", kLongest - 1, ", and ", kFar, " for nobody's neighbour");
     std::vector<int64_t> count(static_cast<size_t>(longest) + 2);
     for (int64_t i = 0; i < rows; ++i)
         if (priority[i] != kFar) ++count[static_cast<size_t>(priority[i] + 1)];

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from opencoder import kernels as K
+from opencoder.kernels._library import CPP_MISSING, INTERPRETED
 
 from .matrix import DEVICE, draw, each
 
@@ -135,6 +136,24 @@ def test_the_best_priorities_are_taken_and_the_rest_at_random(impl: str, rows: i
             expected = K.smallest_keys(priority, count, hard, seed=2**63 + count, impl="reference")
             assert torch.equal(found, expected[0])
             assert torch.equal(chosen, expected[1])
+
+
+@pytest.mark.skipif(CPP_MISSING is not None or INTERPRETED, reason="for the C++ operators")
+def test_what_the_operators_would_read_beside_their_tensors_is_told() -> None:
+    numbers = torch.arange(4, dtype=torch.int32)
+    for wrong in (-2, 2**26):
+        with pytest.raises(
+            RuntimeError, match=rf"priorities lie in \[{min(wrong, -1)}, .*allowed: from -1 to 67108863"
+        ):
+            K.smallest_keys(torch.tensor([wrong, 0], dtype=torch.int32), 1, 1, seed=0, impl="cpp")
+    for label, offsets, rows, message in (
+        (3, numbers, 4, "label 3 of 3 lists"),
+        (-1, numbers, 4, "label -1 of 3 lists"),
+        (2, numbers + 3, 9, r"list 2 lies in \[5, 6\) of 4 ids"),
+        (2, numbers, 2, "id 2 of 2 rows"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            K.neighbour_priority(torch.tensor([label]), offsets, numbers, numbers, rows, impl="cpp")
 
 
 @each("smallest_keys")

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from opencoder import kernels as K
-from opencoder.errors import DataError
 from opencoder.parallel.group import Group
 
 from .partition import Partition
@@ -38,7 +38,7 @@ class ColumnGraph:
             raise ValueError(f"ColumnGraph: {rows} lists; rank {group.rank} has {partition.size(group.rank)} classes")
         owner = partition.owner(lists)
         # By owner, and for each as they were: by class, then by position.
-        order = owner.flatten().to(torch.int32).sort(stable=True).indices
+        order = _stable_order(owner.flatten(), group.size)
         starts = torch.tensor([partition.start(rank) for rank in range(group.size)], device=lists.device)
         local = (lists - starts[owner]).flatten()[order].int()
         place = torch.int16 if neighbours <= 2**15 - 1 else torch.int32
@@ -53,8 +53,7 @@ class ColumnGraph:
         if offsets[-1] < 2**31:
             offsets = offsets.int()
         ids = group.all_to_all_uneven(local, edges)
-        # As bytes: NCCL has no 16-bit integers.
-        found = group.all_to_all_uneven(position.view(torch.uint8).view(-1, place.itemsize), edges)
+        found = group.all_to_all_uneven(_bytes(position), edges)
         return cls(offsets, ids, found.flatten().view(place), rows, neighbours)
 
     def priority(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,22 +62,31 @@ class ColumnGraph:
         labels = labels.to(self.offsets.device)
         return K.neighbour_priority(labels, self.offsets, self.ids, self.positions, self.num_rows)
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint stores; for the same number of ranks, as local ids are those of one split."""
-        return {"offsets": self.offsets, "ids": self.ids, "positions": self.positions}
+    def to_rows(self, partition: Partition, group: Group) -> torch.Tensor:
+        """The lists `from_rows` was given, int32 (N_r, K): what a checkpoint stores, as they belong to no split. Called by all
+        ranks of the group."""
+        bounds = [partition.start(rank) for rank in range(group.size + 1)]
+        edges = self.offsets[bounds].diff().tolist()
+        sizes = [partition.size(rank) for rank in range(group.size)]
+        lengths = group.all_to_all_uneven(self.offsets.diff(), sizes).view(group.size, -1)
+        ids = group.all_to_all_uneven(self.ids + bounds[group.rank], edges)
+        positions = group.all_to_all_uneven(_bytes(self.positions), edges).flatten().view(self.positions.dtype)
+        own = torch.arange(lengths.shape[1], device=ids.device).repeat(group.size)
+        classes = own.repeat_interleave(lengths.flatten())
+        lists = ids.new_empty(lengths.shape[1], self.neighbours)
+        lists[classes, positions.long()] = ids
+        return lists
 
-    @classmethod
-    def from_state(
-        cls, state: dict[str, torch.Tensor], partition: Partition, rank: int, neighbours: int
-    ) -> ColumnGraph:
-        """From `state_tensors` of the same rank. Raises DataError where they belong to another split or matrix."""
-        offsets, ids, positions = (state[name] for name in ("offsets", "ids", "positions"))
-        rows = partition.size(rank)
-        most = int(ids.max()) if ids.numel() else -1
-        fits = offsets.numel() == partition.classes + 1 and int(offsets[-1]) == ids.numel() == positions.numel()
-        if not fits or most >= rows:
-            raise DataError(
-                f"the stored graph of classes ({offsets.numel() - 1} classes, local rows up to {most}) is not that of rank "
-                f"{rank} with {rows} of {partition.classes} classes; leave it out and let the first rebuild make a new one"
-            )
-        return cls(offsets, ids, positions, rows, neighbours)
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    """(n,) → (n, bytes of a value): NCCL has no 16-bit integers."""
+    return x.view(torch.uint8).view(-1, x.element_size())
+
+
+def _stable_order(keys: torch.Tensor, below: int) -> torch.Tensor:
+    """Indices that sort 1-D integer keys in [0, below), equal ones as they were."""
+    if keys.device.type == "cpu" and below <= 2**16:
+        # A radix sort, ten times as fast as torch's.
+        narrow = keys.numpy().astype(np.uint8 if below <= 2**8 else np.uint16)
+        return torch.from_numpy(np.argsort(narrow, kind="stable"))
+    return keys.sort(stable=True).indices

@@ -48,6 +48,7 @@ class RowOptimizer:
         self.weight, self.config, self.optim = weight, config, optim
         self.steps = 0
         """Updates the state has seen."""
+        self._rooms: dict[str, torch.Tensor] = {}
         narrow_state = config.state_dtype != "fp32"
         dtype = _TYPES[config.state_dtype] if narrow_state else wide(weight.dtype)
         self.state = {name: torch.zeros_like(weight, dtype=dtype) for name in STATE_NAMES[config.optimizer]}
@@ -68,6 +69,12 @@ class RowOptimizer:
         """Update with `gradient` (m, D) of `rows`, times `clip`. Where the boolean `skip` is true, weight and state stay as they
         are; the step is counted all the same."""
         self.steps += 1
+        if skip is not None and skip.device.type == "cpu":  # nobody need be waited for to know it
+            if skip:
+                return
+            skip = None
+        if isinstance(clip, torch.Tensor) and clip.device.type == "cpu":
+            clip = float(clip)
         everything = self.config.row_update == "dense_equivalent" and rows.ids is not None
         for chunk in self._chunks(rows, everything=everything):
             g = gradient[chunk.begin : chunk.end]
@@ -103,7 +110,7 @@ class RowOptimizer:
     ) -> None:
         """Rows `index` in wide copies (views where they are wide and consecutive), updated and put back."""
         stored = {"weight": self.weight.detach(), **self.state}
-        held = {name: tensor[index] for name, tensor in stored.items()}
+        held = {name: self._taken(name, tensor, index) for name, tensor in stored.items()}
         main = "master" if "master" in stored else "weight"
         works = {name: tensor.to(g.dtype) for name, tensor in held.items() if main == name or name != "weight"}
         if self.config.optimizer == "adamw":
@@ -118,7 +125,10 @@ class RowOptimizer:
             made = made.to(tensor.dtype)
             if skip is not None and main == "master" and name == "weight":
                 made = torch.where(skip, held[name], made)  # a loaded weight need not be its master rounded
-            tensor[index] = made
+            if isinstance(index, slice):
+                tensor[index] = made
+            else:
+                _put(tensor, index, made)
 
     def _adamw(
         self,
@@ -129,19 +139,11 @@ class RowOptimizer:
         clip: float | torch.Tensor | None,
         skip: torch.Tensor | None,
     ) -> None:
+        optim = self.optim
         K.adamw_step(
-            [w],
-            [g],
-            [works["exp_avg"]],
-            [works["exp_avg_sq"]],
-            step=self.steps,
-            lr=lr,
-            betas=self.optim.betas,
-            eps=self.optim.eps,
-            weight_decay=self.optim.weight_decay,
-            clip_coef=clip,
-            skip=skip,
-        )
+            [w], [g], [works["exp_avg"]], [works["exp_avg_sq"]], step=self.steps, lr=lr, betas=optim.betas, eps=optim.eps,
+            weight_decay=optim.weight_decay, clip_coef=clip, skip=skip,
+        )  # fmt: skip
 
     def _sgd(
         self,
@@ -153,12 +155,14 @@ class RowOptimizer:
         skip: torch.Tensor | None,
     ) -> None:
         """torch.optim.SGD's: decay is added to the gradient, the rate is applied to the momentum."""
-        buffer = works["momentum_buffer"]
-        if clip is not None:
-            g = g * clip
-        if self.optim.weight_decay:
-            g = g.add(w, alpha=self.optim.weight_decay)
-        moved = (buffer * self.optim.momentum).add_(g)
+        buffer, momentum, decay = works["momentum_buffer"], self.optim.momentum, self.optim.weight_decay
+        if skip is None and not isinstance(clip, torch.Tensor):
+            buffer.mul_(momentum).add_(g, alpha=1.0 if clip is None else clip)
+            if decay:
+                buffer.add_(w, alpha=decay)
+            w.add_(buffer, alpha=-lr)
+            return
+        moved = (buffer * momentum).add_(g if clip is None else g * clip).add_(w, alpha=decay)
         updated = w.add(moved, alpha=-lr)
         if skip is not None:
             moved, updated = torch.where(skip, buffer, moved), torch.where(skip, w, updated)
@@ -169,3 +173,19 @@ class RowOptimizer:
         """Take over weights that were loaded into the parameter."""
         if "master" in self.state:
             self.state["master"].copy_(self.weight.detach())
+
+    def _taken(self, name: str, tensor: torch.Tensor, index: slice | torch.Tensor) -> torch.Tensor:
+        """Rows of it: a view, or a copy in one room for all chunks, whose pages are there already."""
+        if isinstance(index, slice):
+            return tensor[index]
+        n = index.shape[0]
+        if name not in self._rooms or self._rooms[name].shape[0] < n:
+            self._rooms[name] = tensor.new_empty(n, tensor.shape[1])
+        return torch.index_select(tensor, 0, index, out=self._rooms[name][:n])
+
+
+def _put(tensor: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
+    """tensor[index] = rows. On the CPU index_copy_ moves element by element, so in 16-byte elements where they fit."""
+    if tensor.device.type == "cpu" and tensor.shape[1] * tensor.element_size() % 16 == 0:
+        tensor, rows = tensor.view(torch.complex128), rows.view(torch.complex128)
+    tensor.index_copy_(0, index, rows)

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from .variants import SMALLEST_NORM
 
-CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 27}
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
 """Logits worked on at a time: what stays in a core's second cache; on a GPU, what bounds the copies beside them."""
 
 
@@ -51,6 +52,7 @@ class ScoredRows:
     """Classes scored on all ranks; None: those of `ids`."""
     cosine: bool = False
     """Rows are brought to length 1."""
+    _rooms: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -68,18 +70,33 @@ class ScoredRows:
         step = max(64, bound // max(1, samples))
         return ((begin, min(begin + step, self.count)) for begin in range(0, self.count, step))
 
+    @cached_property
+    def inverse_norms(self) -> torch.Tensor:
+        """(m, 1), 1/‖row‖, 0 for a row without direction, as the weight is when they are first asked for."""
+        parts = [_inverse_norms(self.raw(*chunk)) for chunk in self.chunks(self.weight.shape[1])]
+        return torch.cat(parts)
+
     def raw(self, begin: int, end: int) -> torch.Tensor:
-        """Rows at these places as they are stored, (end − begin, D): a view where all are scored, a copy otherwise."""
+        """Rows at these places as they are stored, (end − begin, D): a view where all are scored, otherwise a copy that lasts
+        until the next call."""
         weight = self.weight.detach()
-        return weight[begin:end] if self.ids is None else weight.index_select(0, self.ids[begin:end])
+        if self.ids is None:
+            return weight[begin:end]
+        return torch.index_select(weight, 0, self.ids[begin:end], out=self._room(weight.dtype, end - begin))
 
     def rows(self, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows at these places as logits are made of them, (end − begin, D)."""
+        """Rows at these places as logits are made of them, (end − begin, D); they last until the next call."""
+        if not self.cosine:
+            return self.raw(begin, end).to(dtype)
+        inverse = self.inverse_norms[begin:end]  # before raw(): it may make them, and asks for rows itself
         rows = self.raw(begin, end)
-        if self.cosine:
-            rows = rows.to(wide(rows.dtype))
-            rows = rows * inverse_norms(rows)
-        return rows.to(dtype)
+        return torch.mul(rows, inverse, out=self._room(wide(rows.dtype), end - begin)).to(dtype)
+
+    def _room(self, dtype: torch.dtype, n: int) -> torch.Tensor:
+        """(n, D) of one buffer: new pages for each chunk would cost more than what is done with them."""
+        if dtype not in self._rooms or self._rooms[dtype].shape[0] < n:
+            self._rooms[dtype] = torch.empty(n, self.weight.shape[1], dtype=dtype, device=self.weight.device)
+        return self._rooms[dtype][:n]
 
     def places(self, local: torch.Tensor) -> torch.Tensor:
         """Local ids (B,) → the place of each among the scored rows, −1 where it is none of them."""
@@ -120,8 +137,8 @@ class RowGradient:
         if self.rows.cosine and not self.finished:
             for begin, end in self.rows.chunks(self.values.shape[1]):
                 g = self.values[begin:end]
+                inverse = self.rows.inverse_norms[begin:end]
                 rows = self.rows.raw(begin, end).to(g.dtype)
-                inverse = inverse_norms(rows)
                 rows = rows * inverse
                 g.sub_(rows * (rows * g).sum(1, keepdim=True)).mul_(inverse)
         self.finished = True
@@ -134,7 +151,7 @@ class RowGradient:
             self.values = None
 
 
-def inverse_norms(rows: torch.Tensor) -> torch.Tensor:
-    """(n, D) → (n, 1), 1/‖row‖; 0 for a row without direction."""
-    norms = rows.norm(dim=1, keepdim=True)
-    return torch.where(norms > SMALLEST_NORM, norms, torch.inf).reciprocal()
+def _inverse_norms(rows: torch.Tensor) -> torch.Tensor:
+    """(n, D) → (n, 1)."""
+    norms = rows.to(wide(rows.dtype)).square().sum(1, keepdim=True).sqrt_()
+    return torch.where(norms > SMALLEST_NORM, norms, torch.inf).reciprocal_()

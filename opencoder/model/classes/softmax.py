@@ -7,6 +7,7 @@ gradients of all of them (reduce-scatter), and two all-reduces of B and 2B numbe
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -61,6 +62,22 @@ class Terms(NamedTuple):
     """Sum of all logits; zeros unless labels are smoothed."""
 
 
+class _Targets:
+    """The targets within a chunk [begin, end) of places: one entry, or none, in each column."""
+
+    def __init__(self, places: torch.Tensor, begin: int, end: int) -> None:
+        self.inside = (places >= begin) & (places < end)
+        self.index = (places - begin).clamp(0, end - begin - 1)[None]
+
+    def read(self, z: torch.Tensor) -> torch.Tensor:
+        """(B,) of the chunk z (c, B); of no meaning where the column has none."""
+        return z.gather(0, self.index)[0]
+
+    def write(self, z: torch.Tensor, values: torch.Tensor) -> None:
+        """Put `values` (B,) where the columns have a target."""
+        z.scatter_(0, self.index, torch.where(self.inside, values, self.read(z))[None])
+
+
 @dataclass(eq=False)
 class _Saved:
     """Between forward and backward."""
@@ -77,6 +94,16 @@ class _Saved:
     lse: torch.Tensor | None = None
     slopes: torch.Tensor | None = None
     """(B,), of the margin."""
+
+    def __post_init__(self) -> None:
+        # On the CPU it costs nothing to know which chunks have targets; most have none.
+        self._sorted = sorted(self.places.tolist()) if self.places.device.type == "cpu" else None
+
+    def targets(self, begin: int, end: int) -> _Targets | None:
+        """Those within the chunk; None if there are none."""
+        if self._sorted is not None and bisect_left(self._sorted, begin) == bisect_left(self._sorted, end):
+            return None
+        return _Targets(self.places, begin, end)
 
 
 def sharded_softmax(
@@ -166,14 +193,15 @@ def local_terms(saved: _Saved, scoring: Scoring, *, keep: bool) -> Terms:
         first = begin if keep else 0
         z = saved.logits[first * samples : (first + end - begin) * samples].view(end - begin, samples)
         products(rows.rows(begin, end, x.dtype), x, variant.factor, z)
-        at = _Targets(saved.places, begin, end)
-        if variant.changes_targets:
+        at = saved.targets(begin, end)
+        if variant.changes_targets and at is not None:
             margined, slopes = variant.margined(at.read(z) / variant.scale)
             at.write(z, margined * variant.scale)
             target_slopes = torch.where(at.inside, slopes, target_slopes)
         if rows.offsets is not None:
             z.add_(rows.offsets[begin:end, None])
-        target = torch.where(at.inside, at.read(z), target)
+        if at is not None:
+            target = torch.where(at.inside, at.read(z), target)
         if scoring.label_smoothing:
             total += z.sum(0)
         torch.amax(z, 0, out=saved.maxima[i])
@@ -199,22 +227,6 @@ def combined(terms: Terms, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor
     if smoothing:
         losses = (1 - smoothing) * losses + smoothing * (lse - terms.total / scoring.rows.total_count)
     return lse, losses
-
-
-class _Targets:
-    """The targets within a chunk [begin, end) of places: one entry, or none, in each column."""
-
-    def __init__(self, places: torch.Tensor, begin: int, end: int) -> None:
-        self.inside = (places >= begin) & (places < end)
-        self.index = (places - begin).clamp(0, end - begin - 1)[None]
-
-    def read(self, z: torch.Tensor) -> torch.Tensor:
-        """(B,) of the chunk z (c, B); of no meaning where the column has none."""
-        return z.gather(0, self.index)[0]
-
-    def write(self, z: torch.Tensor, values: torch.Tensor) -> None:
-        """Put `values` (B,) where the columns have a target."""
-        z.scatter_(0, self.index, torch.where(self.inside, values, self.read(z))[None])
 
 
 def products(rows: torch.Tensor, x: torch.Tensor, factor: float, out: torch.Tensor) -> None:
@@ -272,8 +284,10 @@ def _backward(saved: _Saved, scoring: Scoring, gradient: RowGradient, upstream: 
         g.mul_(scales[i])
         if smoothing:
             g.sub_(factor * (smoothing / rows.total_count))
-        at = _Targets(saved.places, begin, end)
-        at.write(g, _target_gradient(at.read(g) - (1 - smoothing) * factor, saved.slopes))
+        at = saved.targets(begin, end)
+        if at is not None:
+            own = at.read(g) - (1 - smoothing) * factor
+            at.write(g, own if saved.slopes is None else own * saved.slopes)
         part = values[begin:end]
         w = rows.rows(begin, end, x.dtype)
         if narrow:
@@ -285,10 +299,6 @@ def _backward(saved: _Saved, scoring: Scoring, gradient: RowGradient, upstream: 
             torch.addmm(part, g, x, beta=1 if holds_some else 0, alpha=variant.factor, out=part)
             dx.addmm_(g.t(), w, alpha=variant.factor)
     return dx.mul_(upstream * variant.factor) if narrow else dx
-
-
-def _target_gradient(g: torch.Tensor, slopes: torch.Tensor | None) -> torch.Tensor:
-    return g if slopes is None else g * slopes
 
 
 def _to_owners(dx: torch.Tensor, scoring: Scoring, dtype: torch.dtype) -> torch.Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from opencoder.config import HeadConfig, OptimConfig
+from opencoder.model.classes import rows, scored
 from opencoder.model.classes.head import ClassHead
 from opencoder.parallel.mesh import Mesh, create_mesh
 from opencoder.parallel.placement import placement_of
@@ -38,6 +41,17 @@ def head_on(
     with torch.no_grad():
         head.weight.copy_(weight[placement_of(head.weight).slice_of(mesh)])
     return head
+
+
+@contextmanager
+def small_chunks() -> Iterator[None]:
+    """Several chunks of a rank's rows, as there are of a real size."""
+    before = scored.CHUNK_ELEMENTS["cpu"], rows.CHUNK_ELEMENTS["cpu"]
+    scored.CHUNK_ELEMENTS["cpu"], rows.CHUNK_ELEMENTS["cpu"] = 64 * B, 64 * D
+    try:
+        yield
+    finally:
+        scored.CHUNK_ELEMENTS["cpu"], rows.CHUNK_ELEMENTS["cpu"] = before
 
 
 def mesh_of(rank: int, world: int, *, tp: int = 1) -> Mesh:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from opencoder.parallel.group import Group
 from tests.harness import run_cases, run_ranks
 
-from .heads import B, D, N, config, distance, draw, head_on, mesh_of, own, reference
+from .heads import B, D, N, config, distance, draw, head_on, mesh_of, own, reference, small_chunks
 
 
+@small_chunks()
 def one_step(rank: int, world: int, keys: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Loss and gradients of one step on this rank; the backbone is a matrix whose gradients are summed over data ranks.
 
@@ -224,6 +225,7 @@ def test_25_random_tenth_is_a_softmax_over_those_classes(keys: dict[str, Any]) -
         assert distance(rank["backbone"], backbone_gradient) <= 2e-5 if keys else 1e-6
 
 
+@small_chunks()
 def evaluated(rank: int, world: int, tp: int) -> tuple[Any, ...]:
     mesh = mesh_of(rank, world, tp=tp)
     weight, inputs, _, labels = draw()
@@ -252,6 +254,7 @@ def test_49_evaluation_is_over_all_classes_and_ties_go_to_the_smaller(world: int
         assert distance(values, order.values[:, :5]) <= 1e-5
 
 
+@small_chunks()
 def two_micro_batches(rank: int, world: int, parts: int) -> tuple[torch.Tensor, ...]:
     mesh = mesh_of(rank, world)
     weight, inputs, backbone, labels = draw()

@@ -26,7 +26,7 @@ def _several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def optimizer(name: str, dtype: torch.dtype = torch.float32, **keys: Any) -> RowOptimizer:
     torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(300, 8).to(dtype))
+    weight = torch.nn.Parameter(torch.randn(300, 8).to(dtype) * 0.1)
     return RowOptimizer(weight, config(optimizer=name, **keys), OPTIM)
 
 
@@ -118,6 +118,21 @@ def test_a_skipped_update_changes_nothing(name: str, keys: dict[str, Any], dtype
             assert torch.equal(tensor, before[key]) == skip, key
             assert bool(tensor.isfinite().all())
     assert rows.steps == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_device_need_not_be_asked_whether_to_skip(name: str, dtype: torch.dtype, skip: bool) -> None:
+    """What is done on a GPU, where `skip` and the clip factor are tensors that the host does not read."""
+    rows, other = optimizer(name, dtype), optimizer(name, dtype)
+    chosen, g = drawn(0, rows)
+    assert chosen.ids is not None
+    rows.steps = 1
+    rows._update(chosen.ids, g, 0.1, torch.tensor(0.5), torch.tensor(skip))
+    other.step(ScoredRows(other.weight, chosen.ids), g, lr=0.1, clip=0.5, skip=torch.tensor(skip))
+    for key, tensor in {"weight": rows.weight, **rows.state}.items():
+        assert distance(tensor, {"weight": other.weight, **other.state}[key]) <= (0 if skip else 1e-6), key
 
 
 @pytest.mark.parametrize("name", NAMES)

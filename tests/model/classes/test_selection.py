@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 
+from opencoder.model.classes.columns import ColumnGraph
+from opencoder.model.classes.graph import build_graph
 from opencoder.model.classes.partition import Partition
 from opencoder.model.classes.selection import Selection, quota_of, select_rows
+from opencoder.parallel.group import SINGLE
 
 CLASSES, RANKS = 203, 4
 PARTITION = Partition(CLASSES, RANKS)
@@ -67,16 +70,96 @@ def test_21_the_same_seed_gives_the_same_rows_another_seed_step_or_rank_others()
         assert not torch.equal(base.rows, select_rows(labels, PARTITION, rank, rho=0.2, seed=seed, step=step).rows)
 
 
+def graph(neighbours: int) -> torch.Tensor:
+    """The lists of all classes, of random weights."""
+    weight = torch.randn(CLASSES, 16, generator=torch.Generator().manual_seed(0))
+    return build_graph(weight, Partition(CLASSES, 1), SINGLE, neighbours=neighbours)
+
+
+def columns_of(lists: torch.Tensor, rank: int) -> ColumnGraph:
+    """The columns of one of several ranks, by hand."""
+    start, rows = PARTITION.start(rank), PARTITION.size(rank)
+    here = (lists >= start) & (lists < start + rows)
+    classes, positions = here.nonzero(as_tuple=True)
+    offsets = torch.zeros(CLASSES + 1, dtype=torch.int32)
+    offsets[1:] = torch.bincount(classes, minlength=CLASSES).cumsum(0)
+    return ColumnGraph(offsets, (lists[here] - start).int(), positions.to(torch.int16), rows, lists.shape[1])
+
+
+def priorities(lists: torch.Tensor, labels: torch.Tensor, rank: int) -> dict[int, int]:
+    """Local row → its best position in the labels' lists, −1 for labels."""
+    best: dict[int, int] = {}
+    for label in labels.unique().tolist():
+        for position, neighbour in enumerate(lists[label].tolist()):
+            best[neighbour] = min(best.get(neighbour, CLASSES), position)
+    best.update(dict.fromkeys(labels.tolist(), -1))
+    start = PARTITION.start(rank)
+    return {i - start: p for i, p in best.items() if start <= i < start + PARTITION.size(rank)}
+
+
+@pytest.mark.parametrize("uniform_mix", [0.0, 0.2])
+def test_17_with_all_classes_as_neighbours_and_rho_one_every_row_is_active(uniform_mix: float) -> None:
+    lists, labels = graph(CLASSES), torch.tensor([3, 77, 200])
+    for rank in range(RANKS):
+        found = select_rows(
+            labels, PARTITION, rank, rho=1.0, columns=columns_of(lists, rank), uniform_mix=uniform_mix, seed=0, step=0
+        )
+        assert torch.equal(found.rows, torch.arange(PARTITION.size(rank)))
+        assert found.fill_weight == 0.0  # the random rows stand for themselves alone
+        assert found.candidates == 3 * PARTITION.size(rank)
+
+
+@pytest.mark.parametrize("rho", [0.05, 0.3, 0.9])
+@pytest.mark.parametrize("uniform_mix", [0.0, 0.25])
+def test_20_the_best_candidates_are_active_and_with_room_enough_all(rho: float, uniform_mix: float) -> None:
+    lists = graph(6)
+    crowded = roomy = 0
+    for batch in range(30):
+        labels, rank = labels_of(batch, size=12), batch % RANKS
+        columns = columns_of(lists, rank)
+        found = select_rows(
+            labels, PARTITION, rank, rho=rho, columns=columns, uniform_mix=uniform_mix, seed=1, step=batch
+        )
+        check(found, labels, rank, rho)
+        best = priorities(lists, labels, rank)
+        hard = found.rows[found.hard].tolist()
+        room = max(len(own(labels, rank)), found.rows.numel() - int(uniform_mix * found.rows.numel()))
+        assert hard == sorted(sorted(best, key=lambda row: (best[row], row))[:room])
+        edges = [i - PARTITION.start(rank) for i in lists[labels.unique()].flatten().tolist()]
+        here = [i for i in edges if 0 <= i < PARTITION.size(rank)]
+        assert (found.candidates, found.kept) == (len(here), sum(i in set(hard) for i in here))
+        crowded += room < len(best)
+        roomy += room > len(best)
+    assert {0.05: crowded, 0.3: min(crowded, roomy), 0.9: roomy}[rho] >= 3
+
+
+def test_21_another_seed_has_the_same_rows_chosen_by_priority() -> None:
+    lists, labels = graph(6), labels_of(1)
+    options = {"rho": 0.7, "columns": columns_of(lists, 1), "uniform_mix": 0.3, "step": 0}
+    a, b = (select_rows(labels, PARTITION, 1, seed=seed, **options) for seed in (1, 2))  # type: ignore[arg-type]
+    assert torch.equal(a.rows[a.hard], b.rows[b.hard])
+    assert a.hard.any()
+    assert not torch.equal(a.rows, b.rows)
+
+
+def test_29_without_a_graph_only_labels_are_chosen_by_priority() -> None:
+    labels = labels_of(2)
+    for rank in range(RANKS):
+        found = select_rows(labels, PARTITION, rank, rho=0.3, uniform_mix=0.2, seed=0, step=0)
+        assert torch.equal(found.rows[found.hard], own(labels, rank))
+        assert (found.candidates, found.kept) == (0, 0)
+
+
 def test_random_rows_are_uniform() -> None:
-    """4,000 draws of 5 rows out of 50, beside one label: each row a binomial variable."""
+    """2,000 draws of 5 rows out of 50, beside one label: each row a binomial variable."""
     counts = torch.zeros(PARTITION.size(3))
-    for step in range(4000):
+    for step in range(2000):
         selection = select_rows(torch.tensor([CLASSES - 1]), PARTITION, 3, rho=0.12, seed=0, step=step)
         counts[selection.rows] += 1
-    assert counts[-1] == 4000
+    assert counts[-1] == 2000
     share = 5 / (PARTITION.size(3) - 1)
-    deviation = (4000 * share * (1 - share)) ** 0.5
-    assert ((counts[:-1] - 4000 * share).abs() < 4.5 * deviation).all()
+    deviation = (2000 * share * (1 - share)) ** 0.5
+    assert ((counts[:-1] - 2000 * share).abs() < 4.5 * deviation).all()
 
 
 def test_the_weight_of_a_random_row_is_what_it_stands_for() -> None:

@@ -15,7 +15,7 @@ from opencoder.model.classes.variants import Variant
 from opencoder.parallel.group import SINGLE
 from tests.harness import run_ranks
 
-from .heads import D, N, config, distance, draw, head_on, mesh_of, own
+from .heads import D, N, config, distance, draw, head_on, mesh_of, own, small_chunks
 
 ALONE = Groups(SINGLE, SINGLE, SINGLE)
 PLAIN = Variant()
@@ -29,6 +29,7 @@ def a_selection(labels: torch.Tensor) -> torch.Tensor:
     return torch.cat([labels, torch.arange(0, N, 7)]).unique()
 
 
+@small_chunks()
 @pytest.mark.parametrize("variant", [PLAIN, Variant("arcface", 10.0, 0.3)])
 def test_22_missing_mass_is_what_the_loss_and_its_gradient_are_off_by(variant: Variant) -> None:
     weight, inputs, _, labels = draw()
@@ -48,6 +49,7 @@ def test_22_missing_mass_is_what_the_loss_and_its_gradient_are_off_by(variant: V
     assert distance(eps, 1 - p_full[:, ids].sum(1)) <= 1e-6
 
 
+@small_chunks()
 def probed(rank: int, world: int, keys: dict[str, Any]) -> tuple[dict[str, float], float]:
     """The head's own metric, and the same of all samples."""
     mesh = mesh_of(rank, world)
@@ -136,6 +138,7 @@ def test_losses_without_gradients_need_one_chunk_of_logits() -> None:
     assert sum(n == scored.CHUNK_ELEMENTS["cpu"] * 4 for n in made.bytes.values()) == 1
 
 
+@small_chunks()
 def test_a_second_micro_batch_adds_to_the_gradient() -> None:
     weight, inputs, _, labels = draw()
     x = inputs.requires_grad_()
