@@ -47,6 +47,11 @@ class RebuildConfig(Branch):
     """Made earlier where the recall of the graph on a thousand rows, against the weights as they are, is below this."""
     max_age: int | None = Field(None, ge=1)
     """Steps after which a run with an older graph ends; None: no limit."""
+    background: bool = True
+    """Made beside training, from a copy of the class matrix, and taken up by all ranks in one step. False: training waits; only then
+    do a run and one that was interrupted equal each other bit by bit."""
+    products: Literal["fp32", "fp16", "bf16"] | None = None
+    """Type of the products that choose candidates; cosines of these are worked out in fp32. None: fp16 on a GPU, fp32 on a CPU."""
 
 
 class HeadConfig(Branch):

@@ -23,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify-dataset": ("opencoder.tools.verify_dataset", "check the integrity of a .bin/.idx dataset"),
     "train": ("opencoder.train.__main__", "train a model, or check a configuration with --dry-run"),
     "convert": ("opencoder.tools.convert_checkpoint", "checkpoints to and from Hugging Face format"),
+    "export-classes": ("opencoder.tools.export_classes", "encoder and class matrix of a checkpoint, to search in"),
+    "retrieve": ("opencoder.tools.retrieve", "the classes that samples go with best"),
     "generate": ("opencoder.tools.generate", "text from a native or Hugging Face checkpoint"),
     "check-triton": ("opencoder.tools.check_triton", "compile the Triton kernels for GPUs without one"),
     "tune-kernels": ("opencoder.tools.tune_kernels", "find launch settings of the Triton kernels"),

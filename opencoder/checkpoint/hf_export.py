@@ -33,7 +33,11 @@ SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Checkpoint key → global shape of every tensor of the model."""
+    """Checkpoint key → global shape of every tensor of the model. Raises DataError for one with a class head."""
+    if config.head.kind == "class":
+        raise DataError(
+            "a model with a class head is no causal language model: use `opencoder export-classes`, then `retrieve`"
+        )
     with torch.device("meta"):
         model = Decoder(config)
     return {key: placement_of(p).global_shape for key, p in named_parameters(model).items()}

@@ -4,6 +4,8 @@ B samples, S tokens, M width of the layers, W numbers that come in, D width of a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -13,6 +15,7 @@ from opencoder.parallel.placement import place, placement_of, replicated
 
 from .attend import Documents
 from .classes.head import ClassHead
+from .classes.permutation import Permutation
 from .decoder import MLP, Decoder, How, Part, RMSNorm
 from .initialise import initialise
 
@@ -73,7 +76,41 @@ def _whole_linear(d_in: int, d_out: int) -> nn.Linear:
     return linear
 
 
-class Encoder(nn.Module):
+class FeatureModel(nn.Module):
+    """From samples to features: an encoder without its head."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh | None = None,
+        *,
+        recompute: str | RecomputeConfig = "none",
+        parallel: ParallelConfig | None = None,
+    ) -> None:
+        super().__init__()
+        mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
+        self.config = config
+        self.trunk: TokenTrunk | FeatureTrunk
+        if config.encoder.input == "tokens":
+            self.trunk = TokenTrunk(config, mesh, recompute=recompute, parallel=parallel)
+        else:
+            self.trunk = FeatureTrunk(config, mesh, overlap=parallel.overlap is not False)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.dim = config.head.dim or config.hidden_size
+        """Width D of a feature."""
+        self.projection = _whole_linear(config.hidden_size, self.dim) if config.head.dim is not None else None
+
+    def features(self, inputs: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Ids (B, S) of which the first `lengths` (B,) of each sample count, None: all; or numbers (B, W). → (B, D).
+
+        What is beyond a sample's length changes nothing: attention is causal, and it is not pooled."""
+        hidden = self.norm(self.trunk(inputs))[0]
+        if hidden.dim() == 3:
+            hidden = pooled(hidden, lengths, self.config.encoder.pool)
+        return hidden if self.projection is None else self.projection(hidden)
+
+
+class Encoder(FeatureModel):
     """`features` of samples, and the loss of their labels. Build it under `torch.device("meta")` to look at sizes."""
 
     def __init__(
@@ -86,34 +123,38 @@ class Encoder(nn.Module):
         recompute: str | RecomputeConfig = "none",
         parallel: ParallelConfig | None = None,
     ) -> None:
-        """`optim`: for the rows of the class matrix, which the head updates itself; `seed`: of the classes that it draws."""
-        super().__init__()
-        mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
-        self.config = config
-        self.trunk: TokenTrunk | FeatureTrunk
-        if config.encoder.input == "tokens":
-            self.trunk = TokenTrunk(config, mesh, recompute=recompute, parallel=parallel)
-        else:
-            self.trunk = FeatureTrunk(config, mesh, overlap=parallel.overlap is not False)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        dim = config.head.dim or config.hidden_size
-        self.projection = _whole_linear(config.hidden_size, dim) if config.head.dim is not None else None
-        self.lm_head = ClassHead(config.head, mesh, dim=dim, optim=optim, key=HEAD_KEY, seed=seed)
+        """`optim`: for the rows of the class matrix, which the head updates itself; `seed`: of the classes that it draws and of
+        their order."""
+        super().__init__(config, mesh, recompute=recompute, parallel=parallel)
+        head = config.head
+        self.lm_head = ClassHead(head, mesh or Mesh(), dim=self.dim, optim=optim, key=HEAD_KEY, seed=seed)
+        assert head.classes is not None
+        self.order = Permutation(head.classes, seed) if head.permute else None
+        """From classes to rows of the class matrix; None: they are the same. Kept in checkpoints."""
 
-    def features(self, inputs: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """Ids (B, S) of which the first `lengths` (B,) of each sample count, None: all; or numbers (B, W). → (B, D).
-
-        What is beyond a sample's length changes nothing: attention is causal, and it is not pooled."""
-        hidden = self.norm(self.trunk(inputs))[0]
-        if hidden.dim() == 3:
-            hidden = pooled(hidden, lengths, self.config.encoder.pool)
-        return hidden if self.projection is None else self.projection(hidden)
+    def begin_step(self, labels_of_all_micro_batches: Iterable[torch.Tensor]) -> torch.Tensor:
+        """What ClassHead.begin_step says, with class numbers as labels."""
+        return self.lm_head.begin_step(self._rows_of(labels) for labels in labels_of_all_micro_batches)
 
     def loss(
         self, inputs: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Sum of the losses of this rank's samples, 0-dim, and statistics; labels (B,), −100 = ignored."""
-        return self.lm_head.loss(self.features(inputs, lengths), labels)
+        return self.loss_of_features(self.features(inputs, lengths), labels)
+
+    def loss_of_features(
+        self, features: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The same from features (B, D)."""
+        return self.lm_head.loss(features, self._rows_of(labels))
+
+    def topk(self, features: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """features (B, D) → the k largest logits over all classes (B, k), fp32, and their classes; of equal ones the smaller class
+        comes first. Called by all ranks."""
+        return self.lm_head.logits_topk(features, k, class_of=self.order.labels_of if self.order is not None else None)
+
+    def _rows_of(self, labels: torch.Tensor) -> torch.Tensor:
+        return labels if self.order is None else self.order.rows_of(labels)
 
 
 def pooled(hidden: torch.Tensor, lengths: torch.Tensor | None, pool: str) -> torch.Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from opencoder.checkpoint.parts import Tensors
 from opencoder.config import Config
-from opencoder.data.loader import BatchLoader
+from opencoder.data.classification import ClassificationDataset
+from opencoder.data.loader import BatchLoader, MicroBatch
+from opencoder.model.classes.permutation import Permutation
 from opencoder.model.decoder import named_parameters
 from opencoder.model.encoder import HEAD_KEY, Encoder, build_encoder
 from opencoder.optim.base import Optimizer
@@ -16,8 +20,11 @@ from opencoder.optim.with_head import WithHead
 from opencoder.parallel.mesh import Mesh
 
 from .class_data import ClassData, class_validation_loader
+from .class_graph import Graph
 from .class_step import ClassRunner, Evaluation, evaluate
 from .loop import Trainer
+from .skipping import Skipping
+from .telling import Done
 
 
 class ClassTrainer(Trainer):
@@ -29,6 +36,43 @@ class ClassTrainer(Trainer):
         self.evaluation: Evaluation | None = None
         """The newest."""
         super().__init__(config, mesh, device)
+        self.graph = self._open_graph()
+        self._restore_head()
+
+    def _open_graph(self) -> Graph | None:
+        if self.config.model.head.selection != "knn":
+            return None
+        dataset = ClassificationDataset(self.config.data.blend[0].prefix)
+        return Graph(self.config, self.model.lm_head, self.mesh, samples=len(dataset))
+
+    def _restore_head(self) -> None:
+        """What the checkpoint holds beside weights and state: the order of classes, and the graph."""
+        state, source = self.state.head, self.state.source
+        if state is None or source is None:
+            return
+        self.model.order = Permutation(**state["order"]) if state["order"] is not None else None
+        if self.graph is not None:
+            self.graph.restore(state, source)
+
+    def save(self) -> None:
+        """With the order of classes and the graph."""
+        order = self.model.order
+        self.state.head = {"order": None if order is None else asdict(order)}
+        if self.graph is not None:
+            self.state.head |= self.graph.state()
+        super().save()
+
+    def _tensors(self) -> Tensors:
+        return {**super()._tensors(), **(self.graph.tensors() if self.graph is not None else {})}
+
+    def _go_back(self, skipping: Skipping, at: int) -> None:
+        super()._go_back(skipping, at)
+        self._restore_head()
+
+    def _update(self, done: Done, micro_batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
+        if self.graph is not None:
+            self.graph.before_step(done.step - 1)
+        return super()._update(done, micro_batches)
 
     def _build(self) -> Encoder:
         c = self.config
@@ -75,4 +119,8 @@ class ClassTrainer(Trainer):
         row = super()._evaluated(*args)
         if row and self.evaluation is not None:
             row |= {"accuracy": self.evaluation.top1, "accuracy_top5": self.evaluation.top5}
+        if self.state.step % self.config.log.every == 0:
+            row |= self.model.lm_head.metrics()
+            if self.graph is not None:
+                row |= self.graph.metrics(self.state.step)
         return row

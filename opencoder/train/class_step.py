@@ -26,7 +26,7 @@ class ClassRunner:
 
     def begin_step(self, targets_of_all_micro_batches: Iterable[torch.Tensor]) -> torch.Tensor:
         """The head's count; in training it selects the classes of the step."""
-        return self.model.lm_head.begin_step(targets_of_all_micro_batches)
+        return self.model.begin_step(targets_of_all_micro_batches)
 
     def run(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor, *, groups: int = 0) -> Totals:
         """Forward, backward and fold for each. The losses have no groups."""
@@ -74,20 +74,20 @@ class Evaluation(NamedTuple):
 def evaluate(model: Encoder, mesh: Mesh, batches: Iterable[Sequence[MicroBatch]], device: torch.device) -> Evaluation:
     """Over all ranks' micro-batches; samples that are masked do not count. Called by all ranks, with as many micro-batches."""
     model.eval()
-    head = model.lm_head
+    top = min(TOP, model.lm_head.partition.classes)
     sums = torch.zeros(
         4, dtype=torch.float64, device=device
     )  # losses, samples, in the first place, among the first five
     for batch in batches:
-        head.begin_step(mb.labels.to(device) for mb in batch)
+        model.begin_step(mb.labels.to(device) for mb in batch)
         for mb in batch:
             inputs, labels, lengths = inputs_of(mb, device)
             features = model.features(inputs, lengths)
             valid = labels != MASKED
-            found = head.logits_topk(features, min(TOP, head.partition.classes))[1] == labels[:, None]  # (B, TOP)
+            found = model.topk(features, top)[1] == labels[:, None]  # (B, TOP)
             sums += torch.stack(
                 [
-                    head.loss(features, labels)[0].double(),
+                    model.loss_of_features(features, labels)[0].double(),
                     valid.sum().double(),
                     (found[:, 0] & valid).sum().double(),
                     (found.any(1) & valid).sum().double(),

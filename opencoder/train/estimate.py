@@ -21,6 +21,7 @@ from opencoder.parallel.mesh import kv_replicas_of, pretend_mesh
 from opencoder.parallel.pipeline import Work, order_of_work
 from opencoder.parallel.placement import placement_of
 
+from .estimate_classes import describe_classes, estimate_class_rank
 from .estimate_layers import sizes_of
 from .estimate_rank import RankEstimate, estimate_rank
 from .pipeline_runner import parts_of
@@ -57,6 +58,9 @@ def estimate(config: Config, world_size: int, *, cuda: bool | None = None) -> Es
     The model is built on the meta device: no memory is taken."""
     p, m = config.parallel, config.model
     cpu = not (on_cuda(config) if cuda is None else cuda)
+    if m.head.kind == "class":
+        total, rank = estimate_class_rank(config, world_size, largest_phase(config), cpu=cpu)
+        return Estimate(total, [rank])
     mesh = pretend_mesh(world_size=world_size, tp=p.tp, pp=p.pp, cp=p.cp, kv_replicas=kv_replicas_of(m.kv_heads, p.tp))
     phase = largest_phase(config)
     s = sizes_of(config, micro_batch=phase.micro_batch_size, seq_len=phase.seq_len, cpu=cpu)
@@ -102,6 +106,9 @@ def describe(config: Config, world_size: int) -> str:
     p, t, phase = config.parallel, config.train, largest_phase(config)
     dp = data_parallel_size(config, world_size)
     rank, peak = e.largest, e.largest.peak
+    if config.model.head.kind == "class":
+        *lines, kernels = describe_classes(config, world_size, e.total_parameters, rank, phase, cpu=not on_cuda(config))
+        return "\n".join([*lines, *_traffic_lines(rank), kernels])
 
     def row(name: str, size: int, note: str = "") -> str:
         return f"{name:<18}{size / GIB:9.3f} GiB{'  ' + note if note else ''}"

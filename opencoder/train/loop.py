@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from opencoder import kernels as K
+from opencoder.checkpoint.parts import Tensors
 from opencoder.checkpoint.saver import Saver
 from opencoder.config import Config
 from opencoder.data.loader import BatchLoader, MicroBatch
@@ -115,6 +116,10 @@ class Trainer:
     def _count_parameters(self) -> int:
         return parameter_count(self.config.model)
 
+    def _tensors(self) -> Tensors:
+        """What a checkpoint holds."""
+        return tensors_of(self.model, self.optimizer)
+
     def _open_data(self) -> TrainingData | ClassData:
         """What is to be read from the step where the run stands."""
         state, pin_memory = self.state, self.device.type == "cuda"
@@ -131,7 +136,7 @@ class Trainer:
         tokenizer = self.config.data.tokenizer
         self.save_wait_s += self.saver.save(
             state.step,
-            tensors_of(self.model, self.optimizer),
+            self._tensors(),
             config=self.config,
             state=state.for_checkpoint(),
             tokenizer=Path(tokenizer) if tokenizer else None,

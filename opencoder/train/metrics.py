@@ -12,24 +12,41 @@ import os
 import resource
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opencoder.config import LogConfig, ModelConfig
+from opencoder.config import LogConfig, ModelConfig, OptimConfig
 from opencoder.data.groups import GroupNames
 from opencoder.errors import ConfigError
 from opencoder.files import atomic_open
+from opencoder.model.encoder import Encoder, TokenTrunk
 
 MFU_CONVENTION = "6N without input embedding + 12·L·H·D·S per token (full attention)"
 
 
 def flops_per_token(config: ModelConfig, parameters: int, seq_len: int) -> float:
-    """Model FLOPs per trained token, forward and backward."""
+    """Model FLOPs per trained token, forward and backward; with a class head over the classes that a step scores, once a sample."""
+    if config.head.kind == "class":
+        return _class_flops(config, seq_len)
     embedding = 0 if config.tie_embeddings else config.padded_vocab_size * config.hidden_size
     attention = 12 * config.layers * config.heads * config.head_dim * seq_len
     return 6.0 * (parameters - embedding) + attention
+
+
+@lru_cache(maxsize=4)
+def _class_flops(config: ModelConfig, seq_len: int) -> float:
+    with torch.device("meta"):
+        model = Encoder(config, optim=OptimConfig())
+    tokens = isinstance(model.trunk, TokenTrunk)
+    trunk = sum(p.numel() for name, p in model.trunk.named_parameters() if not name.startswith("embed_tokens"))
+    attention = 12 * config.layers * config.heads * config.head_dim * seq_len if tokens else 0
+    classes, dim = model.lm_head.placement.global_shape
+    scored = classes if config.head.selection == "full" else classes * config.head.rho
+    projection = 0 if model.projection is None else model.projection.weight.numel()
+    return 6.0 * trunk + attention + 6.0 * (projection + scored * dim) / seq_len
 
 
 def measure_gemm_tflops(device: torch.device, dtype: torch.dtype) -> float:

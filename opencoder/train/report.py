@@ -70,6 +70,7 @@ class Report:
         if row["step"] % self.config.log.every and "valid_loss" not in row and not row.get("skipped"):
             return
         tail = f"  valid_loss {row['valid_loss']:.4f}" if "valid_loss" in row else ""
+        tail += f"  accuracy {row['accuracy']:.2%}" if "accuracy" in row else ""
         at = f"step {row['step']}/{self.total_steps}"
         if row["loss"] is None:
             print(f"{at}  left out{tail}", flush=True)

@@ -52,6 +52,7 @@ def rewind(config: Config, state: RunState, model: nn.Module, optimizer: Optimiz
     optimizer.set_step_count(saved["step"])
     guard.load(saved.get("guard") or NOTHING_SEEN)
     state.step, state.tokens, state.saved_step = saved["step"], saved["tokens"], saved["step"]
+    state.head, state.source = saved.get("head"), found
     state.skipped, state.blends = saved.get("skipped_batches", []), saved.get("blends", [])
     state.left_out = sorted({*state.left_out, *left_out})
     state.rewinds += 1

@@ -51,6 +51,10 @@ class RunState:
     """What the guard remembers, as of the newest checkpoint."""
     blends: list[dict[str, Any]] = field(default_factory=list)
     """What each begun stage has read of its datasets (train/data.py: account), as of the newest checkpoint."""
+    head: dict[str, Any] | None = None
+    """What a class head remembers beside tensors (train/class_loop.py), as of the newest checkpoint."""
+    source: Path | None = None
+    """The checkpoint that the state was read from. Not saved."""
 
     def skipped_in_a_row(self, step: int) -> int:
         """Steps up to `step`, the newest that is known of, whose update was left out."""
@@ -75,6 +79,7 @@ class RunState:
             "rewinds": self.rewinds,
             "guard": self.guard,
             "forked_from": self.forked_from,
+            **({"head": self.head} if self.head is not None else {}),
         }
 
 
@@ -123,6 +128,7 @@ def restore(
     saved = native.read_state(found)
     step = saved["step"]
     stages = plan_stages(config, saved["stages"], step=step, before=native.read_config(found), fork=not own)
+    _check_classes(config, native.read_config(found), found)
     native.load_tensors(found, tensors_of(model, optimizer), mesh, checked=True)
     optimizer.set_step_count(step)
     rewinds = mesh.world.gather_objects(rewinds_of(run_dir) if own and mesh.world.rank == 0 else [])[0]
@@ -140,7 +146,20 @@ def restore(
         rewinds=max(saved.get("rewinds", 0), len(rewinds)),
         guard=saved.get("guard"),
         blends=saved.get("blends", []),
+        head=saved.get("head"),
+        source=found,
     )
+
+
+def _check_classes(config: Config, before: Config, folder: Path) -> None:
+    """Rows of another number of classes are no rows of these. Raises ConfigError."""
+    now, then = config.model.head, before.model.head
+    for key in ("kind", "classes", "dim"):
+        if getattr(now, key) != getattr(then, key):
+            raise ConfigError(
+                f"model.head.{key}={getattr(now, key)}, but checkpoint {folder} was written with {getattr(then, key)}: keep that, or "
+                "start a new run_dir"
+            )
 
 
 def _asked_out(config: Config) -> list[int]:

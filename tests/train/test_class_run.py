@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +161,15 @@ def test_the_position_goes_on_through_a_longer_run(folder: Path, tmp_path: Path)
     expected = [mb for _, micro_batches in once.data.batches(2) for mb in micro_batches]
     assert len(got) == len(expected) == 120
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(got, expected, strict=True))
+
+
+def test_the_commands_train_and_estimate(folder: Path, tmp_path: Path) -> None:
+    given = tree(folder, str(tmp_path / "r"), features=True, **evaluated(folder, features=True))
+    given["train"] |= {"steps": 2, "global_batch_size": 24, "micro_batch_size": 2, "memory_check": "refuse"}
+    (tmp_path / "c.yaml").write_text(json.dumps(given))
+    command = [sys.executable, "-m", "opencoder.train", str(tmp_path / "c.yaml")]
+    told = subprocess.run([*command, "data.workers=1"], capture_output=True, text=True, check=True, timeout=300).stdout
+    assert re.search(r"step 2/2 .* valid_loss \d\.\d+  accuracy \d+\.\d+%", told)
+    asked = [*command, "--dry-run", "--world-size", "4"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=300).stdout
+    assert f"classes           {CLASSES} × 16, 26 per rank, 26 scored in a step" in told

@@ -5,7 +5,7 @@ N classes, N_r here; D width; b samples of this rank in a micro-batch; P ranks i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -215,13 +215,17 @@ class ClassHead(nn.Module):
                 "feature for each label"
             )
 
-    def logits_topk(self, features: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def logits_topk(
+        self, features: torch.Tensor, k: int, *, class_of: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """features (b, D) → the k largest logits over all classes (b, k), fp32 and without margins, and the classes they are of,
-        int64; of equal ones the smaller class comes first. Called by all ranks."""
+        int64; of equal ones the smaller class comes first. `class_of`: from rows to classes, where they are in another order. Called
+        by all ranks."""
         if not 1 <= k <= self.partition.classes:
             raise ValueError(f"logits_topk: k={k}; allowed: 1 to model.head.classes={self.partition.classes}")
         x = directions(features) if self.variant.cosine else features
         ids = torch.arange(self.first, self.first + self.weight.shape[0], device=self.weight.device)
+        ids = ids if class_of is None else class_of(ids)
         return best_classes(x, self._all_rows(), ids, self.groups, self.variant, k)
 
     # ---- what the trainer does with the owned weight ----
