@@ -25,6 +25,7 @@ def collectives(rank: int, world: int) -> dict[str, Any]:
         "scattered": group.reduce_scatter(mine),
         "scattered into": (group.start_reduce_scatter(mine, out).wait() is out, out),
         "transposed": group.all_to_all(mine),
+        "uneven": group.all_to_all_uneven(mine[: sum(range(world))], range(world)),
         "broadcast": group.broadcast(mine.clone(), world - 1),
         "exchanged": exchanged.wait()[0],
         "objects": group.gather_objects({"rank": rank}),
@@ -44,6 +45,8 @@ def test_collectives_give_what_they_say(world: int) -> None:
         assert found["scattered into"][0]
         assert torch.equal(found["scattered into"][1], total[rows])
         assert torch.equal(found["transposed"], torch.cat([x[rows] for x in inputs]))
+        first = sum(range(rank))  # each rank has r rows for rank r
+        assert torch.equal(found["uneven"], torch.cat([x[first : first + rank] for x in inputs]))
         assert torch.equal(found["broadcast"], inputs[-1])
         assert torch.equal(found["exchanged"], torch.full((3,), float((rank - 1) % world)))
         assert found["objects"] == [{"rank": r} for r in range(world)]
@@ -171,6 +174,8 @@ def odd_rows(rank: int, world: int) -> None:
     for call in (group.reduce_scatter, group.all_to_all):
         with pytest.raises(ValueError, match="3 rows cannot be split over 2 ranks"):
             call(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"all_to_all_uneven: counts \[1, 1\] for 3 rows and 2 ranks"):
+        group.all_to_all_uneven(torch.zeros(3), [1, 1])
     with pytest.raises(ValueError, match=r"world size 2 is not a multiple of tp·pp·cp = 3"):
         create_mesh(tp=3)
     with pytest.raises(ValueError, match=r"kv_replicas=3 does not divide tp=2"):

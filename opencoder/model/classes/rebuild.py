@@ -58,7 +58,7 @@ def background_group(group: Group, world: Group, *, timeout_s: float) -> Group:
 
 
 class GraphKeeper:
-    """The graph of a class head. `before_step` is called by all ranks of the group before each optimizer step.
+    """The graph of a class head. `before_step` is called by all ranks of `everyone` before each optimizer step.
 
     With `background` (see `background_group`) a build runs in a thread from a copy of the weights, and the ranks agree in each
     step whether all of them are done; the first step in which they are is the first with the new graph, on all of them.
@@ -73,15 +73,18 @@ class GraphKeeper:
         schedule: Schedule,
         *,
         background: Group | None = None,
+        everyone: Group | None = None,
         seed: int = 0,
     ) -> None:
+        """`everyone`: the ranks that must change graphs at one step, where copies of the classes of `group` are trained over other
+        groups too; None: `group` alone."""
         if background is not None and (background.size, background.rank) != (group.size, group.rank):
             raise ValueError(
                 f"GraphKeeper: background is rank {background.rank} of {background.size}, group is rank {group.rank} of "
                 f"{group.size}; make it with background_group"
             )
         self.partition, self.group, self.options, self.schedule = partition, group, options, schedule
-        self.background = background
+        self.background, self.everyone = background, group if everyone is None else everyone
         self.columns: ColumnGraph | None = None
         """The graph in use; None before the first is done."""
         self.built_at: int | None = None
@@ -127,20 +130,29 @@ class GraphKeeper:
     def _swap_when_done(self, build: _Build) -> bool:
         """One small collective a step while a build is under way."""
         status = torch.tensor(build.status(), device=build.device)
-        agreed = int(self.group.all_reduce(status, "min"))
+        agreed = int(self.everyone.all_reduce(status, "min"))
         if agreed == _FAILED:
             self._build = None
             if build.error is not None:
                 raise build.error
             failure = Failure(
                 f"the graph of classes begun at step {build.step} was not built: another rank of "
-                f"{self.group.name or 'the group'} tells why"
+                f"{self.everyone.name or 'the group'} tells why"
             )
             failure.told_elsewhere = True
             raise failure
         if agreed == _DONE:
             self._take(build)
         return agreed == _DONE
+
+    def close(self) -> None:
+        """Wait for a build that is under way, whose collectives would break off if this process ended, and give it up. Raises
+        what it raised. Called by all ranks once the last step is done."""
+        build, self._build = self._build, None
+        if build is not None:
+            build.join()
+            if build.error is not None:
+                raise build.error
 
     def _take(self, build: _Build) -> None:
         assert build.columns is not None
@@ -173,7 +185,7 @@ class GraphKeeper:
         ]
         both = torch.cat([lists, found], 1).sort(dim=1).values
         counts = torch.tensor([int((both.diff(dim=1) == 0).sum()), lists.numel()], device=weight.device)
-        hits, of = self.group.all_reduce(counts).tolist()
+        hits, of = self.everyone.all_reduce(counts).tolist()
         return hits / of if of else 1.0
 
     def metrics(self, step: int) -> dict[str, float]:
@@ -220,6 +232,7 @@ class _Build:
         snapshot = weight.detach().clone()
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # the copy is there before another stream reads it
+        group.records.step = self.step  # for messages
         # A daemon: a rank that ends with an error does not wait for it.
         self._thread = threading.Thread(target=self._in_thread, args=(snapshot, group), name="class graph", daemon=True)
         self._thread.start()
@@ -236,6 +249,10 @@ class _Build:
             stream.synchronize()
         except BaseException as error:  # the main thread raises it in its next step
             self.error = error
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
 
     def status(self) -> int:
         """_FAILED, _UNDER_WAY or _DONE."""

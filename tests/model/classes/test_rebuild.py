@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -113,20 +114,25 @@ def test_a_stored_graph_goes_on_over_another_number_of_ranks() -> None:
 # ---- in the background ----
 
 
-def swapped(rank: int, size: int, weight: torch.Tensor) -> tuple[int, bool, bool, torch.Tensor]:
-    """Rank 1 is done long after rank 0, which is slow between steps."""
-    world = world_group(Records())
-    keeper = keeper_of(size, world, Schedule(first_step=3, every=1000), background_group(world, world, timeout_s=20))
+def swapped(rank: int, size: int, weight: torch.Tensor, copies: int) -> tuple[int, bool, bool, torch.Tensor]:
+    """`copies` of the classes over as many groups of two ranks. Of all ranks, the last is done long after the others, which
+    are slow between steps."""
+    world, last = world_group(Records()), rank == size - 1
+    pairs = [[2 * copy, 2 * copy + 1] for copy in range(copies)]
+    group = world if copies == 1 else new_group("classes", pairs, world, timeout_s=20)
+    beside = background_group(group, world, timeout_s=20)
+    partition, schedule = Partition(CLASSES, 2), Schedule(first_step=3, every=1000)
+    keeper = GraphKeeper(partition, group, OPTIONS, schedule, background=beside, everyone=world)
 
     class Slow:
         @staticmethod
         def from_rows(*args: Any) -> ColumnGraph:
             columns = ColumnGraph.from_rows(*args)
-            time.sleep(0.3 * rank)
+            time.sleep(0.3 * last)
             return columns
 
     rebuild.ColumnGraph = Slow  # type: ignore[misc, assignment]
-    own, labels, partition = shard(weight, rank, size), torch.arange(0, CLASSES, 9), Partition(CLASSES, size)
+    own, labels, rank = shard(weight, group.rank, 2), torch.arange(0, CLASSES, 9), group.rank
     options: dict[str, Any] = {"rho": 0.4, "seed": 1}
     as_random = differs = False
     for step in range(1000):
@@ -139,20 +145,34 @@ def swapped(rank: int, size: int, weight: torch.Tensor) -> tuple[int, bool, bool
             differs = not torch.equal(found.rows, random.rows)
             break
         as_random = torch.equal(found.rows, random.rows)
-        time.sleep(0.02 if rank else 0.04)
+        time.sleep(0.02 if last else 0.04)
     lists = keeper.lists()
     assert lists is not None
     return step, as_random, differs, lists
 
 
-def test_29_the_graph_changes_at_one_step_on_all_ranks_and_before_it_selection_is_random() -> None:
+@pytest.mark.parametrize("copies", [1, 2])
+def test_29_the_graph_changes_at_one_step_on_all_ranks_and_before_it_selection_is_random(copies: int) -> None:
     weight = matrix(CLASSES)
-    found = run_ranks(swapped, 2, weight)
+    found = run_ranks(swapped, 2 * copies, weight, copies)
     steps = {step for step, *_ in found}
     assert len(steps) == 1
     assert 5 < steps.pop() < 999
     assert all(as_random and differs for _, as_random, differs, _ in found)
-    assert torch.equal(torch.cat([lists for *_, lists in found]).long(), brute_force(weight, NEIGHBOURS))
+    lists = torch.cat([lists for *_, lists in found]).long()
+    assert torch.equal(lists, brute_force(weight, NEIGHBOURS).repeat(copies, 1))
+
+
+def closed(rank: int, size: int, weight: torch.Tensor) -> tuple[int, bool]:
+    world = world_group(Records())
+    keeper = keeper_of(size, world, Schedule(first_step=0, every=10), background_group(world, world, timeout_s=20))
+    keeper.before_step(0, shard(weight, rank, size))
+    keeper.close()
+    return sum(thread.name == "class graph" for thread in threading.enumerate()), keeper.columns is None
+
+
+def test_a_run_that_ends_waits_for_a_build_and_gives_it_up() -> None:
+    assert run_ranks(closed, 2, matrix(CLASSES)) == [(0, True)] * 2
 
 
 def broken(rank: int, size: int, weight: torch.Tensor) -> tuple[str, str, bool, float]:
