@@ -26,7 +26,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(drawn), figsize=(4.6 * len(drawn), 4), squeeze=False, layout="constrained")
     for ax, (draw, result) in zip(axes[0], drawn, strict=True):
         draw(ax, result)
-        ax.margins(y=0.15)
+        ax.margins(y=0.25)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -44,7 +44,7 @@ def _step_times(ax: Any, r: dict[str, Any]) -> None:
         ax, {n: 1e3 * r["seconds"][n] for n in s["sides"]}, f"step, {s['classes']:,} classes, {s['ranks']} ranks", "ms"
     )
     ax.axhline(1e3 * r["seconds"]["products"], color="grey", linestyle=":", label="products of a full step alone")
-    ax.legend()
+    ax.legend(loc="upper right")
 
 
 def _mass(ax: Any, r: dict[str, Any]) -> None:

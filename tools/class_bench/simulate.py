@@ -20,7 +20,7 @@ from opencoder.model.classes.partition import Partition
 from opencoder.parallel.group import Group
 from opencoder.parallel.mesh import Mesh
 
-from .steps import OPTIM
+from .steps import OPTIM, give_graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,8 @@ def one_rank(_: Mesh, settings: dict[str, Any]) -> dict[str, Any]:
     head = ClassHead(config, Mesh(dp=group, dp_cp=group, world=group), dim=dim, optim=OPTIM)
     with torch.no_grad():
         head.weight.normal_(0, dim**-0.5, generator=draw)
-    head.columns = made_up_columns(partition, rows, k)
+    columns = made_up_columns(partition, rows, k)
+    give_graph(head, columns)
     head.train()
     times: dict[str, list[float]] = {"step": [], "selection": [], "products": []}
     scored = 0
@@ -102,8 +103,8 @@ def one_rank(_: Mesh, settings: dict[str, Any]) -> dict[str, Any]:
         "times": times,
         "rows": rows,
         "scored": scored,
-        "offsets": head.columns.offsets.numel(),
-        "edges": head.columns.ids.numel(),
+        "offsets": columns.offsets.numel(),
+        "edges": columns.ids.numel(),
         "peak_bytes": peak,
         "before_bytes": before,
         "formula_bytes": formula.total,
