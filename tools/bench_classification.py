@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--graph-dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the graph's products"
     )
-    parser.add_argument("--learning-steps", type=int, default=12_000, help="steps of each run of the learning part")
+    parser.add_argument("--learning-steps", type=int, default=4000, help="steps of each run of the learning part")
     parser.add_argument("--learning-classes", type=int, default=2000, help="classes of the learning part")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method of the learning part")
     parser.add_argument("--simulate-classes", type=float, default=1e8, help="classes of the simulated job")

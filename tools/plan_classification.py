@@ -9,18 +9,28 @@ from typing import Any
 from opencoder.console import Parser, run
 from opencoder.errors import ConfigError
 from opencoder.files import write_json
-from opencoder.model.classes.memory import GB, RECIPES, head_memory, neighbours_for, weight_bytes
+from opencoder.model.classes.memory import GB, RECIPES, build_bytes, head_memory, neighbours_for, weight_bytes
 
-PARTS = ("weight_and_state", "features", "scored_rows", "logits", "graph", "selection", "total")
+PARTS = ("weight_and_state", "features", "scored_rows", "logits", "graph", "graph_build", "selection", "total")
 
 
 def plan(
-    classes: int, ranks: int, dim: int, *, recipe: str, batch: int, rho: float, neighbours: int | None, tflops: float
+    classes: int,
+    ranks: int,
+    dim: int,
+    *,
+    recipe: str,
+    batch: int,
+    rho: float,
+    neighbours: int | None,
+    tflops: float,
+    background: bool = True,
 ) -> dict[str, Any]:
     """What one of `ranks` ranks holds, multiplies and receives in a step of `batch` samples in all; the graph's build too.
 
     `tflops`: the rate of a rank's matrix products. Everything is arithmetic from these inputs (sheet 1.6, 2.3, 2.9)."""
     memory = head_memory(classes, ranks, dim, recipe=recipe, batch=batch, rho=rho, neighbours=neighbours)
+    held = build_bytes(classes, ranks, dim, neighbours, background=background) if neighbours else 0.0
     scored = -(-classes * rho // ranks)
     flop = 6.0 * batch * scored * dim
     build = 2.0 * classes**2 * dim / ranks
@@ -31,7 +41,7 @@ def plan(
         "batch": batch,
         "rho": rho,
         "neighbours": neighbours,
-        "bytes": {**asdict(memory), "graph": memory.graph, "total": memory.total},
+        "bytes": {**asdict(memory), "graph": memory.graph, "graph_build": held, "total": memory.total + held},
         "step_flop": flop,
         "step_s": flop / (tflops * 1e12),
         "step_received_bytes": {
@@ -42,7 +52,7 @@ def plan(
         },
         "graph_flop": build if neighbours else 0.0,
         "graph_s": build / (tflops * 1e12) if neighbours else 0.0,
-        "graph_received_bytes": others * classes * dim * 2 if neighbours else 0.0,
+        "graph_received_bytes": others * classes * dim * 4 if neighbours else 0.0,
     }
 
 
@@ -95,7 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--neighbours", type=int, help="length K of the neighbour lists (default: by the rule, at most 100)"
     )
     parser.add_argument("--selection", choices=("full", "random", "knn"), default="knn", help="which rows are scored")
-    parser.add_argument("--recipe", choices=list(RECIPES), default="sparse-grad SGD", help="what is stored per number")
+    parser.add_argument(
+        "--wait-for-graph", action="store_true", help="training waits for the graph: no copy of the rows"
+    )
+    parser.add_argument("--recipe", choices=list(RECIPES), default="ours, sgd fp32", help="what is stored per number")
     parser.add_argument("--memory-gb", type=float, default=80.0, help="memory of a rank")
     parser.add_argument(
         "--tflops", type=float, default=400.0, help="rate of a rank's matrix products, as you measured it"
@@ -111,9 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         k = None
         if args.selection == "knn":
             k = args.neighbours or min(100, neighbours_for(classes, rho, batch))
-        plans.append(
-            plan(classes, ranks, args.dim, recipe=args.recipe, batch=batch, rho=rho, neighbours=k, tflops=args.tflops)
-        )
+        how: dict[str, Any] = {"recipe": args.recipe, "tflops": args.tflops, "background": not args.wait_for_graph}
+        plans.append(plan(classes, ranks, args.dim, batch=batch, rho=rho, neighbours=k, **how))
     print(recipes_table(classes, args.ranks, args.dim, rho))
     print()
     print(plans_table(plans, args.recipe, args.memory_gb, args.tflops))

@@ -51,7 +51,7 @@ class Task:
     classes: int = 2000
     dim: int = 64
     batch: int = 64
-    steps: int = 12_000
+    steps: int = 4000
     rho: float = 0.1
     neighbours: int = 20
     rebuild: int = 250
@@ -69,8 +69,9 @@ class Network(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
-        nn.init.zeros_(self.layers[2].weight)
+        last = nn.Linear(2 * dim, dim)
+        nn.init.zeros_(last.weight)
+        self.layers = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         update: torch.Tensor = self.layers(x)

@@ -89,6 +89,17 @@ def graph_bytes(classes: int, ranks: int, neighbours: int) -> tuple[float, float
     return edges * 4.0, edges * 2.0, (classes + 1.0) * offset_bytes
 
 
+def build_bytes(
+    classes: int, ranks: int, dim: int, neighbours: int, *, background: bool = True, tile_bytes: float = 2**30
+) -> float:
+    """What building the graph holds beside the rest on one rank: two fp32 blocks of rows on their way around the ring (one on a
+    single rank), in the background a copy of the rows too, the best pairs found (8 bytes each), the lists (4) and a tile of scores.
+    Of our implementation (graph.py, rebuild.py), not of the sheet."""
+    rows = Partition(classes, ranks).size(0)
+    blocks = min(2, ranks) + (1 if background else 0)
+    return rows * (blocks * dim * 4.0 + neighbours * 12.0) + tile_bytes
+
+
 def head_memory(
     classes: int,
     ranks: int,

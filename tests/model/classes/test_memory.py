@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from opencoder.errors import ConfigError
-from opencoder.model.classes.memory import GB, RECIPES, graph_bytes, head_memory, neighbours_for, rho_for, weight_bytes
+from opencoder.model.classes.memory import (
+    GB,
+    RECIPES,
+    build_bytes,
+    graph_bytes,
+    head_memory,
+    neighbours_for,
+    rho_for,
+    weight_bytes,
+)
 from opencoder.tools import plan_classification
 
 TABLE_8_2 = """
@@ -81,6 +90,13 @@ def test_the_total_is_the_sum_and_chunks_bound_logits() -> None:
     parts = [rows * 32 * 4, 2 * 64 * 32 * 4, scored * 32 * 4, 64 * scored * 4, edges * 4, edges * 2, 1004 * 4, rows * 8]
     assert memory.total == sum(parts)
     assert head_memory(1003, 4, 32, batch=64, rho=0.25, neighbours=8, logit_rows=16).logits == 16 * scored * 4
+
+
+def test_a_build_holds_blocks_a_copy_and_pairs() -> None:
+    """1003 classes on 4 ranks: 251 rows."""
+    assert build_bytes(1003, 4, 32, 8, tile_bytes=0) == 251 * (3 * 32 * 4 + 8 * 12)
+    assert build_bytes(1003, 4, 32, 8, background=False, tile_bytes=100) == 251 * (2 * 32 * 4 + 8 * 12) + 100
+    assert build_bytes(1003, 1, 32, 8, background=False, tile_bytes=0) == 1003 * (32 * 4 + 8 * 12)
 
 
 def test_k_and_rho_rules_of_2_5() -> None:
