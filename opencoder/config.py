@@ -428,7 +428,8 @@ class CheckpointConfig(Branch):
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in run_dir if there is one."""
     load: str | None = None
-    """Checkpoint, run or Hugging Face folder to take the initial weights from (weights only)."""
+    """Checkpoint, run or Hugging Face folder to take the initial weights from (weights only). An encoder takes the layers of a
+    language model, or all of another encoder."""
     fork: str | None = None
     """Checkpoint or run folder to go on from in a new run_dir: weights, optimizer state and position, with this configuration's
     schedule."""

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import save_file
 
@@ -67,12 +66,11 @@ def export_classes(source: str | Path, output: str | Path, *, shard_bytes: int =
 
 
 def _write(folder: Path, config: Config, output: Path, shard_bytes: int) -> dict[str, Any]:
-    metadata: dict[str, Any] = dcp.FileSystemReader(folder / "tensors").read_metadata().state_dict_metadata
-    if HEAD_KEY not in metadata:
+    saved = native.saved_tensors(folder)
+    if HEAD_KEY not in saved:
         raise DataError(f"checkpoint {folder} has no tensor {HEAD_KEY}: its config.yaml describes another model")
-    classes, dim = metadata[HEAD_KEY].size
-    dtype = metadata[HEAD_KEY].properties.dtype
-    _write_encoder(folder, config, output, metadata)
+    (classes, dim), dtype = saved[HEAD_KEY]
+    _write_encoder(folder, config, output, {key: dtype for key, (_, dtype) in saved.items()})
     state = native.read_state(folder)
     order = state.get("head", {}).get("order")
     stored = torch.float32 if dtype == torch.float64 else dtype
@@ -121,12 +119,12 @@ def _write(folder: Path, config: Config, output: Path, shard_bytes: int) -> dict
     return facts
 
 
-def _write_encoder(folder: Path, config: Config, output: Path, metadata: dict[str, Any]) -> None:
+def _write_encoder(folder: Path, config: Config, output: Path, types: dict[str, torch.dtype]) -> None:
     with torch.device("meta"):
         shapes = {key: placement_of(p).global_shape for key, p in named_parameters(FeatureModel(config.model)).items()}
-    if absent := [key for key in shapes if key not in metadata]:
+    if absent := [key for key in shapes if key not in types]:
         raise DataError(f"checkpoint {folder} has no tensor {absent[0]}: its config.yaml describes another model")
-    tensors = {key: torch.empty(shape, dtype=metadata[key].properties.dtype) for key, shape in shapes.items()}
+    tensors = {key: torch.empty(shape, dtype=types[key]) for key, shape in shapes.items()}
     native.load_whole(folder, tensors)
     _save(tensors, output / "encoder.safetensors")
 

@@ -150,6 +150,12 @@ def _misfit(folder: Path, tensors: Tensors) -> str | None:
     return None
 
 
+def saved_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Global shape and type of every tensor of a checkpoint."""
+    metadata: dict[str, Any] = dcp.FileSystemReader(folder / "tensors").read_metadata().state_dict_metadata
+    return {key: (tuple(m.size), m.properties.dtype) for key, m in metadata.items() if hasattr(m, "properties")}
+
+
 def load_whole(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Fill whole tensors in place, in this process alone."""
     with _single_process_is_meant():

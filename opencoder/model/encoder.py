@@ -21,6 +21,7 @@ from .initialise import initialise
 
 HEAD_KEY = "lm_head.weight"
 """Checkpoint key of the class matrix."""
+PROJECTION_KEY = "model.projection.weight"
 
 
 class TokenTrunk(Decoder):

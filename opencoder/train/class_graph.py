@@ -75,10 +75,12 @@ class Graph:
         return {"graph_step": self.keeper.built_at}
 
     def restore(self, state: dict[str, Any], source: Path) -> None:
-        """Take up the graph of checkpoint `source`, written with `state`; one of another K is made anew when it is time."""
+        """Take up the graph of checkpoint `source`, written with `state`; without one, or with one of another K, there is none until
+        it is time."""
         built_at = state.get("graph_step")
         neighbours = native.read_config(source).model.head.neighbours
         if built_at is None or neighbours != self.placement.global_shape[1]:
+            self.head.columns = self.keeper.columns = self.keeper.built_at = None
             return
         lists = torch.empty(self.head.weight.shape[0], neighbours, dtype=torch.int32)
         native.load_tensors(source, {KEY: (lists, self.placement)}, self.mesh, checked=True)

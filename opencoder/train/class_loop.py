@@ -48,10 +48,9 @@ class ClassTrainer(Trainer):
     def _restore_head(self) -> None:
         """What the checkpoint holds beside weights and state: the order of classes, and the graph."""
         state, source = self.state.head, self.state.source
-        if state is None or source is None:
-            return
-        self.model.order = Permutation(**state["order"]) if state["order"] is not None else None
-        if self.graph is not None:
+        if state is not None:
+            self.model.order = Permutation(**state["order"]) if state["order"] is not None else None
+        if self.graph is not None and state is not None and source is not None:
             self.graph.restore(state, source)
 
     def save(self) -> None:

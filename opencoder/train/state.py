@@ -16,6 +16,7 @@ from opencoder.checkpoint.together import together
 from opencoder.config import Config
 from opencoder.errors import ConfigError, DataError
 from opencoder.model.decoder import named_parameters
+from opencoder.model.encoder import HEAD_KEY, PROJECTION_KEY
 from opencoder.optim.base import Optimizer
 from opencoder.parallel.mesh import Mesh
 from opencoder.parallel.placement import placement_of
@@ -119,11 +120,12 @@ def restore(
     elif c.fork is not None:
         found = _source(c.fork, mesh)
     else:
+        head = None
         if c.load is not None:
-            _load_weights(c.load, model, mesh)
+            head = _load_weights(c.load, config, model, mesh)
             optimizer.weights_changed()
             say(f"initial weights from {c.load}")
-        return RunState(stages=plan_stages(config), asked_out=_asked_out(config))
+        return RunState(stages=plan_stages(config), asked_out=_asked_out(config), head=head)
     own = found.parent.parent == run_dir
     saved = native.read_state(found)
     step = saved["step"]
@@ -194,8 +196,20 @@ def _source(fork: str, mesh: Mesh) -> Path:
     return source
 
 
-def _load_weights(source: str, model: nn.Module, mesh: Mesh) -> None:
+def _load_weights(source: str, config: Config, model: nn.Module, mesh: Mesh) -> dict[str, Any] | None:
+    """Returns what a class head remembers beside tensors, if the checkpoint has one. An encoder takes the layers of a language
+    model."""
+    tensors, classes = weights_of(model), config.model.head.kind == "class"
+    layers = {key: part for key, part in tensors.items() if key not in (HEAD_KEY, PROJECTION_KEY)}
     if hf.is_hf_folder(Path(source)):
-        hf.load_weights(Path(source), weights_of(model), mesh)
-    else:
-        native.load_tensors(folders.resolve(source), weights_of(model), mesh)
+        hf.load_weights(Path(source), layers if classes else tensors, mesh)
+        return None
+    folder = folders.resolve(source)
+    before = native.read_config(folder)
+    if not classes or before.model.head.kind == "vocab":
+        native.load_tensors(folder, layers if classes else tensors, mesh)
+        return None
+    _check_classes(config, before, folder)
+    native.load_tensors(folder, tensors, mesh)
+    head = native.read_state(folder).get("head")
+    return None if head is None else {"order": head["order"]}  # the rows are in its order, whatever the seed is here

@@ -8,10 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from opencoder.checkpoint import native
+from opencoder.config import Config
 from opencoder.data.classification import ClassificationDataset
 from opencoder.errors import ConfigError
+from opencoder.model.decoder import named_parameters
+from opencoder.model.initialise import build_model
+from opencoder.parallel.mesh import Mesh
+from opencoder.train.class_loop import ClassTrainer
 from opencoder.train.class_step import inputs_of
 from opencoder.train.metrics import read_rows
+from opencoder.train.state import tensors_of, weights_of
 from tests.harness import run_ranks
 from tests.train.class_cases import CLASSES, run, trainer_of, tree, write
 
@@ -35,6 +42,10 @@ def all_logits(rank: int, world: int, given: dict[str, Any]) -> torch.Tensor:
     """(8, classes) of the run's newest state, of the first samples of the dataset: this rank's rows, gathered."""
     trainer = trainer_of(given, world)
     assert trainer.state.step == 6
+    return logits_of(trainer, given)
+
+
+def logits_of(trainer: ClassTrainer, given: dict[str, Any]) -> torch.Tensor:
     model = trainer.model.eval()
     dataset = ClassificationDataset(given["data"]["blend"][0]["prefix"])
     tokens = torch.zeros(8, 8, dtype=torch.int64)
@@ -80,8 +91,6 @@ def test_every_rank_holds_its_rows_of_weights_and_state(saved: dict[str, Any]) -
 
 
 def everything(rank: int, world: int, given: dict[str, Any]) -> dict[str, tuple[Any, torch.Tensor]]:
-    from opencoder.train.state import tensors_of
-
     trainer = trainer_of(given, world)
     found = tensors_of(trainer.model, trainer.optimizer)
     return {key: (part[1].slice_of(trainer.mesh), part[0].detach().clone()) for key, part in found.items()}
@@ -94,6 +103,28 @@ def test_another_class_count_is_refused(saved: dict[str, Any], key: str, value: 
     for given in (other, {**other, "run_dir": str(tmp_path / "fork"), "checkpoint": {"fork": saved["run_dir"]}}):
         with pytest.raises(ConfigError, match=f"model.head.{key}={value}, but checkpoint .* was written with {then}"):
             trainer_of(given)
+
+
+def test_weights_of_another_run_come_with_the_order_of_its_classes(saved: dict[str, Any], tmp_path: Path) -> None:
+    (there,) = run_ranks(all_logits, 1, saved)
+    given = {**saved, "run_dir": str(tmp_path / "r"), "checkpoint": {"load": saved["run_dir"]}}
+    given["train"] = {**saved["train"], "seed": 7}
+    trainer = trainer_of(given)
+    assert trainer.state.step == 0
+    assert trainer.model.order == trainer_of(saved).model.order
+    assert torch.equal(logits_of(trainer, given), there)
+
+
+def test_an_encoder_begins_with_the_layers_of_a_language_model(folder: Path, tmp_path: Path) -> None:
+    given = tree(folder, str(tmp_path / "r"), train={"precision": "fp32"})
+    lm = Config.model_validate({"run_dir": str(tmp_path / "lm"), "model": {**given["model"], "head": {}}})
+    decoder = build_model(lm.model, Mesh(), dtype=torch.float32, device=torch.device("cpu"), seed=5)
+    native.save(Path(lm.run_dir), 1, weights_of(decoder), Mesh(), config=lm, state={"tokens": 0})
+    given["checkpoint"] = {"load": lm.run_dir}
+    model = trainer_of(given).model
+    taken, expected = named_parameters(model), named_parameters(decoder)
+    for key in expected.keys() - {"lm_head.weight"}:
+        assert torch.equal(taken[key], expected[key]), key
 
 
 # ---- top-1 and top-5 ----

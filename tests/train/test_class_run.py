@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from opencoder.data.classification import ClassificationDataset, Shuffled
 from opencoder.errors import ConfigError, DataError
+from opencoder.model.decoder import named_parameters
 from opencoder.train.metrics import read_rows
 from tests.harness import run_cases, run_ranks
 from tests.train.class_cases import CLASSES, evaluated, run, trainer_of, tree, whole, write
@@ -56,6 +59,34 @@ def test_every_layout_equals_one_process(features: bool, folder: Path, tmp_path:
                 assert row["grad_norm"] == pytest.approx(norm, rel=1e-10), name
             for key, value in whole(ranks).items():
                 assert float((value - truth[key]).norm() / truth[key].norm()) < 1e-9, (name, key)
+
+
+def test_a_run_equals_plain_torch(folder: Path, tmp_path: Path) -> None:
+    """Loss over whole logits, one clip by torch over all parameters, torch's AdamW."""
+    given = tree(folder, str(tmp_path / "r"), features=True)
+    ours = run(0, 1, given)
+    model = trainer_of({**given, "run_dir": str(tmp_path / "s")}).model
+    assert model.order is not None
+    parameters = named_parameters(model)
+    decayed = [p for p in parameters.values() if p.dim() > 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in parameters.values() if p.dim() == 1]}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    dataset = ClassificationDataset(folder / "features")
+    shuffled = Shuffled(dataset, 1234)
+    for step, row in enumerate(rows_of(given)):
+        numbers = [shuffled.number(24 * step + i) for i in range(24)]
+        inputs = torch.from_numpy(np.stack([dataset.get(n) for n in numbers]))
+        labels = model.order.rows_of(torch.from_numpy(dataset.labels[numbers]))
+        loss = torch.nn.functional.cross_entropy(model.features(inputs) @ model.lm_head.weight.T, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 0.1)
+        optimizer.step()
+        assert row["loss"] == pytest.approx(float(loss), rel=1e-10)
+        assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-10)
+        assert norm > 0.1
+    for key, (_, value) in ours.items():
+        assert float((value - parameters[key]).norm() / parameters[key].norm()) < 1e-9, key
 
 
 @pytest.mark.parametrize("selection", ["full", "random"])

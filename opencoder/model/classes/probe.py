@@ -41,7 +41,7 @@ class Probe:
     def values(self) -> dict[str, float]:
         """`eps`, `coverage`; what is not known is left out. Waits for the device."""
         found = {}
-        if self.eps is not None:
+        if self.eps is not None and not self.eps.isnan():
             found["eps"] = float(self.eps)
         if self.edges is not None and float(self.edges[1]):
             found["coverage"] = float(self.edges[0] / self.edges[1])

@@ -12,7 +12,7 @@ import torch
 
 from .variants import SMALLEST_NORM
 
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 """Logits worked on at a time: what stays in a core's second cache; on a GPU, what bounds the copies beside them."""
 
 

@@ -146,8 +146,7 @@ def _opened(
     features: torch.Tensor, labels: torch.Tensor, places: torch.Tensor, scoring: Scoring, scratch: Scratch | None
 ) -> _Saved:
     """Room for the logits of `features` (B, D): for all of them out of `scratch`, or without it for one chunk."""
-    # On the CPU 16-bit products would be rounded to 16 bits.
-    dtype = wide(features.dtype) if features.device.type == "cpu" else features.dtype
+    dtype = product_type(features)
     x, rows, samples = features.to(dtype), scoring.rows, features.shape[0]
     if scratch is None:
         begin, end = next(rows.chunks(samples))
@@ -229,12 +228,17 @@ def combined(terms: Terms, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor
     return lse, losses
 
 
+def product_type(features: torch.Tensor) -> torch.dtype:
+    """Type that rows and features are multiplied in: on the CPU 16-bit products would be rounded to 16 bits."""
+    return wide(features.dtype) if features.device.type == "cpu" else features.dtype
+
+
 def products(rows: torch.Tensor, x: torch.Tensor, factor: float, out: torch.Tensor) -> None:
     """out (c, B) = factor · rows (c, D) · xᵀ, summed up in the type of `out`."""
     if rows.dtype == out.dtype:
         torch.addmm(out, rows, x.t(), beta=0, alpha=factor, out=out)
     else:
-        out.copy_(torch.mm(rows, x.t(), out_dtype=out.dtype))
+        torch.mm(rows, x.t(), out_dtype=out.dtype, out=out)
         if factor != 1:
             out.mul_(factor)
 

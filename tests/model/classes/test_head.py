@@ -10,6 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from opencoder.model.classes import softmax
+from opencoder.model.classes.partition import Partition
+from opencoder.model.classes.permutation import Permutation
+from opencoder.model.classes.rebuild import BuildOptions, GraphKeeper, Schedule
+from opencoder.model.classes.selection import select_rows
 from opencoder.parallel.group import Group
 from tests.harness import run_cases, run_ranks
 
@@ -121,6 +126,30 @@ def test_04_bf16_features() -> None:
     loss, dw, _ = reference(*draw())
     assert abs(float(found[0]["loss"] / loss) - 1) <= 2e-2
     assert float((found[0]["dW"] - dw).norm() / dw.norm()) <= 2e-2
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16-bit products that are summed up in fp32, as there, by other means."""
+    mm = torch.mm
+
+    def wide_mm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype | None = None, **more: Any) -> torch.Tensor:
+        return mm(a, b, **more) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype), **more)
+
+    monkeypatch.setattr(torch, "mm", wide_mm)
+    monkeypatch.setattr(softmax, "product_type", lambda features: features.dtype)
+
+
+@pytest.mark.parametrize("variant", ["plain", "arcface"])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_04_products_of_16_bits(weights: torch.dtype, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch)
+    data = draw(dtype=weights)
+    found = one_step(0, 1, {"variant": variant}, {"data": data, "cast": torch.bfloat16})
+    loss, dw, backbone = margin_reference(variant, data) if variant != "plain" else reference(*data)
+    assert abs(float(found["loss"] / loss) - 1) <= 2e-2
+    assert found["dW"].dtype == torch.float32
+    assert float((found["dW"] - dw).norm() / dw.norm()) <= 2e-2
+    assert float((found["backbone"] - backbone).norm() / backbone.norm()) <= 2e-2
 
 
 def test_05_ignored_samples_on_some_ranks() -> None:
@@ -314,3 +343,115 @@ def test_misuse_is_told() -> None:
         total.backward()
     with pytest.raises(ValueError, match="k=0"):
         head.logits_topk(features, 0)
+
+
+def with_graph(rank: int, world: int, keys: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+    """Some steps with a graph from step 1 on; what each scored, on all ranks."""
+    mesh = mesh_of(rank, world)
+    weight, inputs, _, labels = draw()
+    head = head_on(mesh, weight, config(selection="knn", **keys))
+    options = BuildOptions(head.config.neighbours)
+    keeper = GraphKeeper(head.partition, head.groups.classes, options, Schedule(first_step=1, every=2))
+    found = []
+    for step in range(steps):
+        x = own(inputs, mesh).clone().requires_grad_()
+        mine = own(labels.roll(step), mesh)
+        keeper.before_step(step, head.weight.detach())
+        head.columns = keeper.columns
+        count = head.begin_step([mine])
+        total, _ = head.loss(x, mine)
+        (total / count).backward()
+        assert head.selection is not None
+        assert head._rows is not None
+        assert head._rows.ids is not None
+        ids = torch.cat(mesh.dp_cp.gather_objects(head._rows.ids + head.first))
+        values = torch.cat(mesh.dp_cp.gather_objects(head.finished_gradient().clone()))
+        dx = mesh.dp_cp.all_gather(x.grad)
+        loss = mesh.dp_cp.all_reduce(total.detach()) / count
+        found.append({"ids": ids, "dW": values, "dx": dx, "loss": loss, "metrics": head.metrics()})
+        head.apply_gradients(0.1, None)
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_17_all_neighbours_and_all_rows_are_the_full_softmax(world: int) -> None:
+    weight, inputs, _, labels = draw()
+    w, x = weight.double(), inputs.double()
+    ranks = run_ranks(with_graph, world, {"neighbours": N, "rho": 1.0, "uniform_mix": 0.0}, 2)
+    for found in ranks:
+        assert "coverage" not in found[0]["metrics"]  # no graph yet
+    momentum = torch.zeros_like(w)
+    for step in range(2):
+        parameter, features = w.clone().requires_grad_(), x.clone().requires_grad_()
+        loss = F.cross_entropy(features @ parameter.t(), labels.roll(step))
+        dw, dx = torch.autograd.grad(loss, (parameter, features))
+        for found in ranks:
+            assert distance(found[step]["loss"], loss) <= 1e-5
+            assert distance(found[step]["dW"], dw) <= 1e-5
+            assert distance(found[step]["dx"], dx) <= 1e-5
+        momentum = 0.9 * momentum + dw + 0.01 * w
+        w = w - 0.1 * momentum
+
+
+def test_29_random_until_the_first_graph_then_the_neighbours_of_the_labels() -> None:
+    keys = {"neighbours": 4, "rho": 0.2, "uniform_mix": 0.2}
+    first, second, third = run_ranks(with_graph, 2, keys, 3)[0]
+    assert torch.equal(first["ids"], random_ids(keys))
+    weight, _, _, labels = draw()
+    # The graph is of the weights after one step: few of so many lists differ from those before it.
+    lists = (F.normalize(weight) @ F.normalize(weight).t()).topk(4).indices
+    for step, found in ((0, first), (1, second), (2, third)):
+        near = lists[labels.roll(step)].flatten().unique()
+        share = float(torch.isin(near, found["ids"]).double().mean())
+        assert share < 0.6 if step == 0 else share > 0.9
+
+
+def random_ids(keys: dict[str, Any]) -> torch.Tensor:
+    labels = draw()[3]
+    partition = Partition(N, 2)
+    parts = [select_rows(labels, partition, rank, rho=keys["rho"], seed=0, step=0).rows for rank in range(2)]
+    return torch.cat([parts[0], parts[1] + partition.start(1)])
+
+
+def permuted(rank: int, world: int) -> tuple[Any, ...]:
+    """Rows in another order than classes."""
+    mesh = mesh_of(rank, world)
+    weight, inputs, _, labels = draw()
+    order = Permutation(N, 5)
+    head = head_on(mesh, weight[order.labels_of(torch.arange(N))], config())
+    mine = order.rows_of(own(labels, mesh))
+    count = head.begin_step([mine])
+    total, _ = head.loss(own(inputs, mesh), mine)
+    _, best = head.logits_topk(own(inputs, mesh), 5, class_of=order.labels_of)
+    return mesh.dp_cp.all_reduce(total.detach()) / count, mesh.dp_cp.all_gather(best)
+
+
+def test_rows_in_another_order_change_nothing() -> None:
+    weight, inputs, _, labels = draw()
+    logits = inputs.double() @ weight.double().t()
+    for loss, best in run_ranks(permuted, 2):
+        assert distance(loss, F.cross_entropy(logits, labels)) <= 2e-6
+        assert torch.equal(best, logits.float().topk(5).indices)
+
+
+def test_features_that_are_data_still_give_the_rows_a_gradient() -> None:
+    weight, inputs, _, labels = draw()
+    head = head_on(mesh_of(0, 1), weight, config())
+    head.begin_step([labels])
+    total, _ = head.loss(inputs, labels)
+    total.backward()
+    w = weight.double().requires_grad_()
+    (truth,) = torch.autograd.grad(F.cross_entropy(inputs.double() @ w.t(), labels, reduction="sum"), w)
+    assert distance(head.finished_gradient(), truth) <= 1e-5
+
+
+def test_a_step_without_any_label_has_no_loss_and_no_gradient() -> None:
+    head = head_on(mesh_of(0, 1), draw()[0], config(selection="random", rho=0.1))
+    labels, x = torch.full((4,), -100), torch.randn(4, D, requires_grad=True)
+    assert int(head.begin_step([labels])) == 0
+    total, _ = head.loss(x, labels)
+    total.backward()
+    assert float(total.detach()) == float(head.grad_sq_norm()) == 0.0
+    assert x.grad is not None
+    assert not x.grad.any()
+    assert "eps" not in head.metrics()  # of no sample

@@ -130,6 +130,20 @@ def test_28_memory_is_that_of_the_scored_rows(optimizer: str, monkeypatch: pytes
     assert head.scratch._free["logits"][0].nbytes == sizes[0]  # used again, not made again
 
 
+@pytest.mark.parametrize("name", ["arcface", "cosface"])
+def test_09_slopes_of_margins_are_their_derivatives(name: Any) -> None:
+    """Beyond π − margin too, and where the sine is held."""
+    cosines = torch.linspace(-1, 1, 201, dtype=torch.float64)
+    variant = Variant(name, 30.0, 0.5)
+    values, slopes = variant.margined(cosines)
+    inner = cosines[1:-1]
+    h = 1e-7
+    numeric = (variant.margined(inner + h).cosines - variant.margined(inner - h).cosines) / (2 * h)
+    assert distance(slopes[1:-1], numeric) <= 1e-4
+    assert bool((values < cosines).all())
+    assert bool(slopes.isfinite().all())
+
+
 def test_losses_without_gradients_need_one_chunk_of_logits() -> None:
     weight, inputs, _, labels = draw()
     with Made() as made:
