@@ -19,7 +19,7 @@ from opencoder.parallel.placement import Placement, place
 
 from . import probe
 from .partition import Partition
-from .rows import RowOptimizer
+from .rows import RowOptimizer, check_state
 from .scored import RowGradient, ScoredRows, Scratch
 from .selection import Selection, quota_of, select_rows
 from .softmax import Groups, Scoring, sharded_softmax
@@ -66,6 +66,7 @@ class ClassHead(nn.Module):
         super().__init__()
         if config.classes is None:
             raise ValueError("ClassHead: config.classes is not set: give the number of classes")
+        check_state(config, optim)
         self.config, self.mesh, self.optim, self.key, self.seed = config, mesh, optim, key, seed
         self.groups = groups_of(mesh, config.class_group)
         self.data = mesh.group(("dp", "cp"))

@@ -33,18 +33,31 @@ class _Chunk:
     end: int
 
 
+def check_state(config: HeadConfig, optim: OptimConfig) -> None:
+    """ConfigError for adamw with a state of 16 bits that cannot hold second moments."""
+    if config.optimizer != "adamw" or config.state_dtype == "fp32":
+        return
+    if config.state_dtype == "fp16":
+        raise ConfigError(
+            "model.head.state_dtype=fp16 with model.head.optimizer=adamw: squares of small gradients are zero in fp16; set "
+            "state_dtype to fp32 or bf16, or optimizer to sgd"
+        )
+    if 1 - optim.betas[1] < 2 * torch.finfo(torch.bfloat16).eps:
+        raise ConfigError(
+            f"model.head.state_dtype=bf16 with optim.betas[1]={optim.betas[1]}: bf16 has 8 bits, and a second moment that changes by "
+            f"{1 - optim.betas[1]:.1g} of itself in a step would mostly stay; set optim.betas[1] to 0.98 or less, or state_dtype "
+            "to fp32"
+        )
+
+
 class RowOptimizer:
     """Updates rows of `weight` (N_r, D) and owns its state. 16-bit weights have master rows in fp32, or, with a state of 16
     bits, none: they are then rounded at each update.
 
-    Raises ConfigError for adamw with fp16 state, which squares of gradients are too small for."""
+    Raises ConfigError as check_state does."""
 
     def __init__(self, weight: torch.nn.Parameter, config: HeadConfig, optim: OptimConfig) -> None:
-        if config.optimizer == "adamw" and config.state_dtype == "fp16":
-            raise ConfigError(
-                "model.head.state_dtype=fp16 with model.head.optimizer=adamw: squares of small gradients are zero in fp16; "
-                "set state_dtype to fp32 or bf16, or optimizer to sgd"
-            )
+        check_state(config, optim)
         self.weight, self.config, self.optim = weight, config, optim
         self.steps = 0
         """Updates the state has seen."""

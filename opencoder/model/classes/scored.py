@@ -14,6 +14,8 @@ from .variants import SMALLEST_NORM
 
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 """Logits worked on at a time: what stays in a core's second cache; on a GPU, what bounds the copies beside them."""
+LEAST_ROWS = 256
+"""Of a chunk, however many samples: the sum of the features' gradients is read and written once for each."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -65,9 +67,9 @@ class ScoredRows:
         return self.count if self.total is None else self.total
 
     def chunks(self, samples: int) -> Iterator[tuple[int, int]]:
-        """[begin, end) of places, of at most CHUNK_ELEMENTS logits for that many samples."""
+        """[begin, end) of places, of about CHUNK_ELEMENTS logits for that many samples."""
         bound = CHUNK_ELEMENTS.get(self.weight.device.type, CHUNK_ELEMENTS["cuda"])
-        step = max(64, bound // max(1, samples))
+        step = max(LEAST_ROWS, bound // max(1, samples))
         return ((begin, min(begin + step, self.count)) for begin in range(0, self.count, step))
 
     @cached_property

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -46,12 +47,11 @@ def head_on(
 @contextmanager
 def small_chunks() -> Iterator[None]:
     """Several chunks of a rank's rows, as there are of a real size."""
-    before = scored.CHUNK_ELEMENTS["cpu"], rows.CHUNK_ELEMENTS["cpu"]
-    scored.CHUNK_ELEMENTS["cpu"], rows.CHUNK_ELEMENTS["cpu"] = 64 * B, 64 * D
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scored, "LEAST_ROWS", 64)
+        patch.setitem(scored.CHUNK_ELEMENTS, "cpu", 64 * B)
+        patch.setitem(rows.CHUNK_ELEMENTS, "cpu", 64 * D)
         yield
-    finally:
-        scored.CHUNK_ELEMENTS["cpu"], rows.CHUNK_ELEMENTS["cpu"] = before
 
 
 def mesh_of(rank: int, world: int, *, tp: int = 1) -> Mesh:

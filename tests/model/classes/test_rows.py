@@ -10,8 +10,10 @@ import torch
 from opencoder.config import OptimConfig
 from opencoder.errors import ConfigError
 from opencoder.model.classes import rows as rows_module
+from opencoder.model.classes.head import ClassHead
 from opencoder.model.classes.rows import RowOptimizer
 from opencoder.model.classes.scored import ScoredRows
+from opencoder.parallel.mesh import Mesh
 
 from .heads import config, distance
 
@@ -158,6 +160,12 @@ def test_bf16_state_stays_near_that_in_fp32() -> None:
         assert float(((short.weight - full.weight).norm() / (full.weight - start).norm()).detach()) <= 0.02
 
 
-def test_fp16_state_is_refused_for_adamw() -> None:
+def test_states_that_cannot_hold_second_moments_are_refused() -> None:
     with pytest.raises(ConfigError, match="squares of small gradients"):
         optimizer("adamw", state_dtype="fp16")
+    weight = torch.nn.Parameter(torch.zeros(4, 2))
+    with pytest.raises(ConfigError, match="fp16"):  # before there is any state
+        ClassHead(config(optimizer="adamw", state_dtype="fp16"), Mesh(), dim=2, optim=OPTIM)
+    with pytest.raises(ConfigError, match=r"betas\[1\]=0.999: bf16 has 8 bits"):
+        RowOptimizer(weight, config(optimizer="adamw", state_dtype="bf16"), OptimConfig(betas=(0.9, 0.999)))
+    RowOptimizer(weight, config(optimizer="sgd", state_dtype="fp16"), OPTIM)
