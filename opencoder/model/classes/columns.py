@@ -63,7 +63,6 @@ class ColumnGraph:
     def priority(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Distinct classes (U,) int64 → for each row of this rank its best position in their lists, K.FAR without any, and in
         how many lists it is; both int32 (N_r,)."""
-        labels = labels.to(self.offsets.device)
         return K.neighbour_priority(labels, self.offsets, self.ids, self.positions, self.num_rows)
 
     def to_rows(self, partition: Partition, group: Group) -> torch.Tensor:

@@ -47,8 +47,8 @@ class Selection:
 
 
 def quota_of(rho: float, rows: int) -> int:
-    """ceil(rho·rows), without a row more for what rho has lost in binary."""
-    return min(rows, math.ceil(rho * rows - 1e-9 * rows))
+    """ceil(rho·rows), at least 1, without a row more for what rho has lost in binary."""
+    return min(rows, max(1, math.ceil(rho * rows - 1e-9 * rows)))
 
 
 def select_rows(
@@ -75,11 +75,13 @@ def select_rows(
         )
     num_rows, start = partition.size(rank), partition.start(rank)
     distinct = _distinct(labels, partition)
+    if columns is not None:
+        distinct = distinct.to(columns.ids.device)
     own = distinct[(distinct >= start) & (distinct < start + num_rows)] - start
     quota = quota_of(rho, num_rows)
     count = max(quota, own.numel())
     if columns is None:
-        priority = torch.full((num_rows,), FAR, dtype=torch.int32, device=labels.device)
+        priority = torch.full((num_rows,), FAR, dtype=torch.int32, device=distinct.device)
         edges, hard_limit = None, own.numel()
     else:
         priority, edges = columns.priority(distinct)

@@ -192,7 +192,7 @@ def test_what_cannot_be_selected_from_is_told(labels: list[float], options: dict
 
 
 def test_a_quota_is_no_row_larger_for_what_rho_has_lost_in_binary() -> None:
-    assert [quota_of(rho, rows) for rho, rows in ((0.1, 30), (0.07, 100), (0.1, 31), (1.0, 7), (1e-6, 7))] == [
+    assert [quota_of(rho, rows) for rho, rows in ((0.1, 30), (0.07, 100), (0.1, 31), (1.0, 7), (1e-12, 7))] == [
         3,
         7,
         4,
