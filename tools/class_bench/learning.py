@@ -19,7 +19,7 @@ from opencoder.model.classes.graph import build_graph
 from opencoder.model.classes.head import ClassHead
 from opencoder.parallel.mesh import SINGLE, Mesh
 
-from .steps import give_graph, missing_mass
+from .steps import missing_mass
 from .synthetic import Siblings
 
 SCALE = 30.0
@@ -106,7 +106,7 @@ def learn(method: Method, task: Task, seed: int) -> dict[str, Any]:
         features, labels = _batch(made, step * task.batch, task.batch)
         if method.selection == "knn" and step and step % task.rebuild == 0:
             lists = build_graph(head.weight, head.partition, SINGLE, neighbours=task.neighbours)
-            give_graph(head, ColumnGraph.from_rows(lists, head.partition, SINGLE))
+            head.columns = ColumnGraph.from_rows(lists, head.partition, SINGLE)
         rate = rate_at(step, task)
         for group in backbone.param_groups:
             group["lr"] = task.lr / 10 * rate

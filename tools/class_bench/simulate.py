@@ -20,7 +20,7 @@ from opencoder.model.classes.partition import Partition
 from opencoder.parallel.group import Group
 from opencoder.parallel.mesh import Mesh
 
-from .steps import OPTIM, give_graph
+from .steps import OPTIM
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def one_rank(_: Mesh, settings: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad():
         head.weight.normal_(0, dim**-0.5, generator=draw)
     columns = made_up_columns(partition, rows, k)
-    give_graph(head, columns)
+    head.columns = columns
     head.train()
     times: dict[str, list[float]] = {"step": [], "selection": [], "products": []}
     scored = 0

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,25 +82,6 @@ def siblings_graph(made: Siblings, partition: Partition, group: Group) -> torch.
     return torch.where(lists < made.classes, lists, lists - k).int()
 
 
-@dataclass(frozen=True)
-class KnownGraph:
-    """A graph that is given and never made anew, where the head expects one that keeps itself young."""
-
-    columns: ColumnGraph
-
-    def before_step(self, step: int, weight: torch.Tensor) -> bool:
-        """Nothing to do."""
-        return False
-
-
-def give_graph(head: ClassHead, columns: ColumnGraph) -> None:
-    """From now on the head scores what is near its labels by `columns`."""
-    if hasattr(head, "keeper"):
-        head.keeper = KnownGraph(columns)  # type: ignore[assignment, unused-ignore]
-    else:
-        head.columns = columns
-
-
 class _Head:
     """One of the head's own ways."""
 
@@ -148,7 +128,7 @@ def _side(
     with torch.no_grad():
         head.weight.copy_(weight)
     if name == "knn":
-        give_graph(head, columns)
+        head.columns = columns
     head.train()
     return _Head(head)
 
