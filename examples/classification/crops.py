@@ -1,7 +1,7 @@
 """Crops of the extracted functions or calls as token ids with labels: PARQUET/train.parquet and PARQUET/held_out.parquet, which
 `opencoder write-classification` takes.
 
-    python examples/classification/crops.py --task functions --extracted DIR --tokenizer DIR --output DIR [--tokens 48] [--crops 4]
+    python examples/classification/crops.py --task functions --extracted DIR --tokenizer DIR --output DIR [--tokens 32] [--crops 4]
 
 A crop of a function begins at a random line, and its locals are numbered anew at random, so that no two crops of it need have a
 name in common. One more crop for each function, from a line where no other begins if there is one, is held out. A crop of a call
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--extracted", type=Path, required=True, help="folder that extract.py wrote")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--tokens", type=int, default=48, help="longest crop")
+    parser.add_argument("--tokens", type=int, default=32, help="longest crop")
     parser.add_argument("--crops", type=int, default=4, help="of each function, for training")
     parser.add_argument("--seed", type=int, default=1, help="of places and names")
     args = parser.parse_args(argv)

@@ -25,13 +25,13 @@ from opencoder.errors import Failure, UserError
 from opencoder.files import write_json, write_text
 
 HERE = Path(__file__).parent
-VOCABULARY, TOKENS, DIM = 4096, 48, 64
+VOCABULARY, TOKENS, DIM, BATCH = 4096, 32, 64, 512
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"selection": "full"},
     "random": {"selection": "random", "rho": 0.1},
     "random, corrected": {"selection": "random", "rho": 0.1, "tail_correction": True},
-    "knn": {"selection": "knn", "rho": 0.1, "neighbours": 32, "uniform_mix": 0.2},
-    "knn, corrected": {"selection": "knn", "rho": 0.1, "neighbours": 32, "uniform_mix": 0.2, "tail_correction": True},
+    "knn": {"selection": "knn", "rho": 0.1, "neighbours": 24, "uniform_mix": 0.2},
+    "knn, corrected": {"selection": "knn", "rho": 0.1, "neighbours": 24, "uniform_mix": 0.2, "tail_correction": True},
 }
 TASKS = {"functions": "Which function is this crop from?", "calls": "What is called here?"}
 
@@ -41,9 +41,8 @@ def config_of(folder: Path, task: str, method: str, *, classes: int, steps: int,
     head: dict[str, Any] = {"kind": "class", "classes": classes, "variant": "cosine", "scale": 20.0, **METHODS[method]}
     if head["selection"] == "knn":
         head["neighbours"] = min(head["neighbours"], classes)
-        head["rebuild"] = {"first_step": steps // 8, "every": max(1, steps // 3), "background": False}
+        head["rebuild"] = {"first_step": steps // 8, "every": max(1, steps // 2), "background": False}
     held_out = json.loads((folder / "held_out.classification.json").read_text())["samples"]
-    batch = 256
     return {
         "run_dir": str(run_dir),
         "model": {
@@ -55,11 +54,10 @@ def config_of(folder: Path, task: str, method: str, *, classes: int, steps: int,
             "seq_len": TOKENS,
         },
         "train": {
-            "steps": steps, "global_batch_size": batch, "micro_batch_size": batch, "eval_every": steps,
+            "steps": steps, "global_batch_size": BATCH, "micro_batch_size": BATCH, "eval_every": steps,
             "eval_samples": min(20_480, held_out), "device": "cpu",
         },
         "optim": {"lr": 1e-2, "min_lr": 1e-4, "warmup_steps": max(1, steps // 10), "schedule": "cosine", "weight_decay": 0.0},
-        "checkpoint": {"resume": "never"},
         "log": {"every": max(1, steps // 20), "tensorboard": False},
     }  # fmt: skip
 
@@ -230,7 +228,7 @@ def write_report(results: dict[str, Any], root: Path) -> None:
         parts += [
             f"## {TASKS[task]}",
             f"{data['classes']:,} classes, {data['train']:,} samples for training, {data['held_out']:,} held out; "
-            f"{results['settings']['steps']} steps of 256.",
+            f"{results['settings']['steps']} steps of {BATCH}.",
             "",
             table(results, task),
             "",
@@ -273,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--methods", nargs="+", choices=list(METHODS), default=["full", "random", "knn, corrected"], help="runs"
     )
     parser.add_argument("--classes", type=int, default=100_000, help="functions to learn; 0: all that are found")
-    parser.add_argument("--steps", type=int, default=800, help="steps of each run")
+    parser.add_argument("--steps", type=int, default=400, help="steps of each run")
     args = parser.parse_args(argv)
     if args.steps < 20:
         raise UserError(f"--steps {args.steps}: at least 20, so that there is a warm-up and a graph")
