@@ -206,7 +206,7 @@ def write_plot(results: dict[str, Any], path: Path) -> None:
         bars = {"held-out top-1": "accuracy", "ms a step": "step_ms", "peak memory, GiB": "mem_gib"}
         for ax, (title, key) in zip(row[1:], bars.items(), strict=True):
             made = ax.bar(list(runs), [r[key] for r in runs.values()], color=list(colours.values()))
-            ax.bar_label(made, fmt="%.3g")
+            ax.bar_label(made, fmt="%.0f" if key == "step_ms" else "%.3g")
             ax.set(title=title)
             ax.margins(y=0.15)
             ax.tick_params(axis="x", rotation=15 if len(runs) > 3 else 0)
