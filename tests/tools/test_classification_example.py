@@ -8,17 +8,22 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from opencoder.config import load_config, validate
 from opencoder.data import tokenizer as tok
+from opencoder.data.classification import ClassificationDataset
 from opencoder.errors import DataError
+from opencoder.tools.class_bench.synthetic import Siblings
 
 FOLDER = Path(__file__).parents[2] / "examples" / "classification"
 sys.path.insert(0, str(FOLDER))
 import crops  # noqa: E402
 import extract  # noqa: E402
 import functions  # noqa: E402
+import synthetic  # noqa: E402
 
 SOURCE = '''
 import os
@@ -152,3 +157,15 @@ def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
         extract.sources([tmp_path / "absent"])
     with pytest.raises(DataError, match=r"no \.py file"):
         extract.sources([tmp_path])
+
+
+def test_synthetic_sets_are_what_the_generator_says_and_fit_their_configuration(tmp_path: Path) -> None:
+    sizes = ["--classes", "300", "--dim", "8", "--samples", "1000", "--held-out", "50"]
+    assert synthetic.main(["--output", str(tmp_path), *sizes]) == 0
+    train, held_out = (ClassificationDataset(tmp_path / side) for side in ("train", "held_out"))
+    features, labels = Siblings(300, 8).samples(np.arange(1000))
+    assert np.array_equal(train.labels, labels)
+    assert np.abs(train.inputs - features).max() < 2e-3  # float16
+    assert len(held_out) == 50
+    assert not np.array_equal(held_out.inputs, train.inputs[:50])
+    validate(load_config(tmp_path / "classes.yaml", []), 1)
