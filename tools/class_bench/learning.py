@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from opencoder.config import HeadConfig, OptimConfig
+from opencoder.console import ProgressBar
 from opencoder.model.classes.columns import ColumnGraph
 from opencoder.model.classes.graph import build_graph
 from opencoder.model.classes.head import ClassHead
@@ -149,7 +150,12 @@ def _mass(head: ClassHead, features: torch.Tensor) -> float:
 
 def compare(task: Task, seeds: int, methods: list[str]) -> dict[str, Any]:
     """Each method with each seed; mean top-1 and its distance to full softmax, in points."""
-    runs = {name: [learn(METHODS[name], task, seed) for seed in range(seeds)] for name in methods}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
+    with ProgressBar("learning", total=seeds * len(methods), unit="runs") as bar:
+        for seed in range(seeds):
+            for name, some in runs.items():
+                some.append(learn(METHODS[name], task, seed))
+                bar.advance(postfix=f"{name}: top-1 {some[-1]['top1']:.4f}")
     means = {name: float(np.mean([run["top1"] for run in some])) for name, some in runs.items()}
     rows = {
         name: {
