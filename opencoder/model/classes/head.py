@@ -171,8 +171,8 @@ class ClassHead(nn.Module):
         """features (b, D), labels (b,) → sum of losses over this rank's samples (0-dim), statistics without gradients: `tokens`,
         valid samples; `token_losses` (b,), 0 where ignored; `z_loss`, 0.
 
-        In training over the classes that `begin_step` selected; in evaluation over all of them, without gradients. The sum must be
-        multiplied by the same factor on all ranks before its backward pass."""
+        In training over the classes that `begin_step` selected; in evaluation over all of them, without gradients; margins
+        count in both. The sum must be multiplied by the same factor on all ranks before its backward pass."""
         self._check_features(features, labels)
         training = self.training and torch.is_grad_enabled()
         rows, gradient = (self._rows, self._gradient) if training else (self._all_rows(), None)

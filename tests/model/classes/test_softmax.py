@@ -128,7 +128,8 @@ def test_28_memory_is_that_of_the_scored_rows(optimizer: str, monkeypatch: pytes
         # The next are the gradient of the rows, (m, D), and then what belongs to a chunk or has a number for each class.
         assert abs(sizes[1] / (classes * rho * D * 4) - 1) <= 0.05
         assert sizes[2] <= classes * 8 + 4096
-    assert head.scratch._free["logits"][0].nbytes == sizes[0]  # used again, not made again
+    # Used again, not made again.
+    assert [t.nbytes for kind in ("logits", "gradient") for t in head.scratch._free[kind]] == sizes[:2]
 
 
 @pytest.mark.parametrize("name", ["arcface", "cosface"])
