@@ -206,7 +206,8 @@ def _write_features(asked: Asked, prefix: str, blocks: Iterator[Block]) -> dict[
     first = next(blocks, None)
     if first is None:
         raise DataError(f"{', '.join(map(str, asked.files))}: there is no sample")
-    width = len(first.inputs[0])
+    with _told(first):
+        width = len(first.inputs[0])
     with ClassificationWriter(prefix, "features", classes=asked.classes, width=width, dtype=asked.dtype) as writer:
         for block in (first, *blocks):
             with _told(block):

@@ -14,7 +14,7 @@ import torch
 
 from opencoder import kernels as K
 from opencoder.config import Config, data_parallel_size
-from opencoder.config_rules import Phase
+from opencoder.config_rules import Phase, phases
 from opencoder.model.classes.rows import STATE_NAMES as ROW_STATES
 from opencoder.model.classes.selection import quota_of
 from opencoder.model.decoder import Part, named_parameters
@@ -179,4 +179,10 @@ def describe_classes(
     ]
     if m.head.selection != "full":
         lines.append(row("selection", head.graph + head.selection, f"{m.head.selection}, graph included"))
-    return [*lines, row("estimated peak", rank.peak.total, f"per rank, in the {rank.peak.what}"), K.chosen()]
+    lines.append(row("estimated peak", rank.peak.total, f"per rank, in the {rank.peak.what}"))
+    lines += [
+        f"{'run' if n == 0 else '':<18}{part.steps} steps × {part.global_batch_size} samples "
+        f"= {part.steps * part.global_batch_size:,} samples"
+        for n, part in enumerate(phases(config))
+    ]
+    return [*lines, K.chosen()]

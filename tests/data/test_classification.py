@@ -290,6 +290,13 @@ def test_rows_at_fault_are_named(row: Any, text: str, tmp_path: Path) -> None:
     assert not description_file(tmp_path / "out").exists()
 
 
+def test_features_that_are_no_lists_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"features": 3, "label": 0}\n')
+    with pytest.raises(DataError, match=r"in the block from .*d.jsonl"):
+        write_dataset(Asked([file], "features"), str(tmp_path / "out"))
+
+
 def test_a_file_with_texts_and_tokens_asks_which(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
     file.write_text('{"tokens": [1], "text": "a", "label": 0}\n')
