@@ -33,7 +33,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def _bars(ax: Any, values: dict[str, float], title: str, unit: str) -> None:
     made = ax.bar(list(values), list(values.values()), color=[f"C{i}" for i in range(len(values))])
-    ax.bar_label(made, fmt="%.3g")
+    ax.bar_label(made, fmt="%.0f" if unit == "ms" else "%.3g")
     ax.set(title=title, ylabel=unit)
     ax.tick_params(axis="x", rotation=20 if max(map(len, values)) > 8 else 0)
 
