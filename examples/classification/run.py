@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--methods", nargs="+", choices=list(METHODS), default=["full", "random", "knn, corrected"], help="runs"
     )
     parser.add_argument("--classes", type=int, default=100_000, help="functions to learn; 0: all that are found")
-    parser.add_argument("--steps", type=int, default=400, help="steps of each run")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each run")
     args = parser.parse_args(argv)
     if args.steps < 20:
         raise UserError(f"--steps {args.steps}: at least 20, so that there is a warm-up and a graph")
