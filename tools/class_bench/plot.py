@@ -35,7 +35,8 @@ def _bars(ax: Any, values: dict[str, float], title: str, unit: str) -> None:
     made = ax.bar(list(values), list(values.values()), color=[f"C{i}" for i in range(len(values))])
     ax.bar_label(made, fmt="%.0f" if unit == "ms" else "%.3g")
     ax.set(title=title, ylabel=unit)
-    ax.tick_params(axis="x", rotation=20 if max(map(len, values)) > 8 else 0)
+    if max(map(len, values)) > 8:
+        ax.set_xticks(range(len(values)), list(values), rotation=25, ha="right")
 
 
 def _step_times(ax: Any, r: dict[str, Any]) -> None:
