@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 
 from opencoder.errors import Failure
 from opencoder.model.classes.graph import build_graph
+from opencoder.model.classes.permutation import Permutation
+from opencoder.model.decoder import named_parameters
+from opencoder.parallel.placement import placement_of
 from opencoder.train.class_graph import KEY
 from opencoder.train.metrics import read_rows
 from tests.harness import run_ranks
@@ -121,3 +125,40 @@ def test_a_graph_older_than_allowed_ends_the_run(folder: Path, tmp_path: Path) -
     given = knn(folder, tmp_path / "r", rebuild={"every": 100, "max_age": 3}, train={"steps": 12})
     with pytest.raises(Failure, match="the graph of classes is 4 steps behind at step 6"):
         run(0, 1, given)
+
+
+def damaged_once(rank: int, world: int, given: dict[str, Any]) -> dict[str, tuple[Any, torch.Tensor]]:
+    """A run in which a row of the class matrix, and the order of classes, are damaged before step 5."""
+    trainer = trainer_of(given, world)
+    update, damaged = trainer._update, []
+
+    def damaging(done: Any, micro_batches: Any) -> Any:
+        if done.step == 5 and not damaged:
+            damaged.append(done.step)
+            trainer.model.order = Permutation(CLASSES, 99)
+            with torch.no_grad():
+                trainer.model.lm_head.weight[3] = float("nan")
+        return update(done, micro_batches)
+
+    trainer._update = damaging  # type: ignore[method-assign]
+    trainer.run()
+    assert damaged
+    assert trainer.state.rewinds == 1
+    return {
+        key: (placement_of(p).slice_of(trainer.mesh), p.detach().clone())
+        for key, p in named_parameters(trainer.model).items()
+    }
+
+
+def test_a_run_that_goes_back_takes_up_rows_order_and_graph_of_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+    skip = {"stop_after": 1, "on_stop": "rewind"}
+    sections: dict[str, Any] = {
+        "checkpoint": {"every": 2},
+        "rebuild": {"every": 100},
+    }  # neither made nor probed meanwhile
+    truth = run(
+        0, 1, knn(folder, tmp_path / "s", train={"steps": 8, "skip": {"steps": [5]}}, **copy.deepcopy(sections))
+    )
+    found = damaged_once(0, 1, knn(folder, tmp_path / "r", train={"steps": 8, "skip": skip}, **sections))
+    for key, (_, value) in found.items():
+        assert torch.equal(value, truth[key][1]), key

@@ -16,6 +16,7 @@ import torch
 from opencoder.data.classification import ClassificationDataset, Shuffled
 from opencoder.errors import ConfigError, DataError
 from opencoder.model.decoder import named_parameters
+from opencoder.train.__main__ import main
 from opencoder.train.metrics import read_rows
 from tests.harness import run_cases, run_ranks
 from tests.train.class_cases import CLASSES, evaluated, run, trainer_of, tree, whole, write
@@ -49,9 +50,10 @@ def test_every_layout_equals_one_process(features: bool, folder: Path, tmp_path:
     expected = [(row["loss"], row["grad_norm"]) for row in rows_of(one)]
     assert expected[-1][0] < expected[0][0]
     assert max(norm for _, norm in expected) > 0.2  # so that clipping counts, by the norm of all
+    layouts = LAYOUTS if features else {name: LAYOUTS[name] for name in ("dp 2, sharded", "tp 2, dp 2")}
     for world in (2, 4):
         cases = {
-            n: tree(folder, str(tmp_path / n), features=features, **c) for n, (w, c) in LAYOUTS.items() if w == world
+            n: tree(folder, str(tmp_path / n), features=features, **c) for n, (w, c) in layouts.items() if w == world
         }
         for name, ranks in run_cases(run, world, {n: (c,) for n, c in cases.items()}).items():
             for row, (loss, norm) in zip(rows_of(cases[name]), expected, strict=True):
@@ -131,17 +133,17 @@ def test_an_evaluation_counts_each_sample_once(folder: Path, tmp_path: Path) -> 
     found = {}
     for world in (1, 2):
         given = tree(folder, str(tmp_path / str(world)), features=True, **evaluated(folder, features=True))
-        given["train"] |= {"steps": 60, "eval_every": 60, "precision": "fp64"}
-        given["train"].pop("memory_check")
+        given["train"] |= {"steps": 30, "eval_every": 30, "precision": "fp64"}
+        given["optim"] |= {"lr": 0.03}
         run_ranks(run, world, given)
         found[world] = [
             {k: v for k, v in row.items() if k in ("valid_loss", "accuracy", "accuracy_top5")} for row in rows_of(given)
         ]
-        assert [bool(row) for row in found[world]] == [False] * 59 + [True]
+        assert [bool(row) for row in found[world]] == [False] * 29 + [True]
     for name, value in found[1][-1].items():
         assert found[2][-1][name] == pytest.approx(value, rel=1e-9)
     last = found[1][-1]
-    assert last["accuracy"] > 0.8
+    assert 0.3 < last["accuracy"] < 0.8
     assert last["accuracy"] * CLASSES == pytest.approx(round(last["accuracy"] * CLASSES), abs=1e-9)
     assert last["accuracy"] <= last["accuracy_top5"] <= 1
 
@@ -194,13 +196,12 @@ def test_the_position_goes_on_through_a_longer_run(folder: Path, tmp_path: Path)
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(got, expected, strict=True))
 
 
-def test_the_commands_train_and_estimate(folder: Path, tmp_path: Path) -> None:
+def test_the_commands_train_and_estimate(folder: Path, tmp_path: Path, capsys: Any) -> None:
     given = tree(folder, str(tmp_path / "r"), features=True, **evaluated(folder, features=True))
     given["train"] |= {"steps": 2, "global_batch_size": 24, "micro_batch_size": 2, "memory_check": "refuse"}
     (tmp_path / "c.yaml").write_text(json.dumps(given))
     command = [sys.executable, "-m", "opencoder.train", str(tmp_path / "c.yaml")]
     told = subprocess.run([*command, "data.workers=1"], capture_output=True, text=True, check=True, timeout=300).stdout
     assert re.search(r"step 2/2 .* valid_loss \d\.\d+  accuracy \d+\.\d+%", told)
-    asked = [*command, "--dry-run", "--world-size", "4"]
-    told = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=300).stdout
-    assert f"classes           {CLASSES} × 16, 26 per rank, 26 scored in a step" in told
+    assert main([str(tmp_path / "c.yaml"), "--dry-run", "--world-size", "4"]) == 0
+    assert f"classes           {CLASSES} × 16, 26 per rank, 26 scored in a step" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from .scored import ScoredRows, wide
 
 STATE_NAMES = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 """As in opencoder/optim/update.py: a checkpoint names them alike."""
-CHUNK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 26}
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Values updated at a time: of some rows, copies of all their state exist meanwhile."""
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
