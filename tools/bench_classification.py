@@ -48,13 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--learning-steps", type=int, default=4000, help="steps of each run of the learning part")
     parser.add_argument("--learning-classes", type=int, default=2000, help="classes of the learning part")
-    parser.add_argument("--learning-noise", type=float, default=0.5, help="of samples, beside a class direction of length 1")
+    parser.add_argument(
+        "--learning-noise", type=float, default=0.5, help="of samples, beside a class direction of length 1"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method of the learning part")
     parser.add_argument("--simulate-classes", type=float, default=1e8, help="classes of the simulated job")
     parser.add_argument("--simulate-ranks", type=int, default=256, help="ranks of the simulated job")
     parser.add_argument("--simulate-dim", type=int, default=512, help="width of the simulated job")
     parser.add_argument("--simulate-batch", type=int, default=2048, help="samples of a step of the simulated job")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the simulated rank")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads of the simulated rank; more need as many cores at rest"
+    )
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--plot", help="PNG file for a plot of what was measured")
     parser.add_argument("--rank", nargs=2, metavar=("WORK", "FILE"), help="(internal) be one rank")
@@ -141,7 +145,11 @@ def bench_learning(args: Any) -> dict[str, Any]:
     """Accuracy of each method, in this process."""
     from opencoder.tools.class_bench.learning import METHODS, Task, compare
 
-    return compare(Task(classes=args.learning_classes, steps=args.learning_steps, noise=args.learning_noise), args.seeds, list(METHODS))
+    return compare(
+        Task(classes=args.learning_classes, steps=args.learning_steps, noise=args.learning_noise),
+        args.seeds,
+        list(METHODS),
+    )
 
 
 def bench_simulated(args: Any) -> dict[str, Any]:
