@@ -49,6 +49,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench-engine": ("opencoder.tools.bench_engine", "time of the task engine per task"),
     "bench-hostile": ("opencoder.tools.bench_hostile", "time against length for texts made to be slow"),
     "bench-evaluate": ("opencoder.tools.bench_evaluate", "time of the sandbox beside that of the programs in it"),
+    "bench-classification": ("opencoder.tools.bench_classification", "full, random and KNN softmax over many classes"),
+    "plan-classification": ("opencoder.tools.plan_classification", "memory and arithmetic of a class head, computed"),
     "bench-preprocess": ("opencoder.tools.bench_preprocess", "tokenising speed beside a loop over HF tokenizers"),
 }
 

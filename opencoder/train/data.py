@@ -26,8 +26,8 @@ from opencoder.parallel.layout import stage_ranks
 from opencoder.parallel.mesh import Mesh
 
 from .class_data import class_settings
-from .stages import Settings, Stage, asked_settings, from_records, micro_batch_size_at, plan
 from .sft_data import open_sft, sft_account, sft_validation
+from .stages import Settings, Stage, asked_settings, from_records, micro_batch_size_at, plan
 
 TRAIN, VALID = 0, 1
 """Parts of `data.split`."""
