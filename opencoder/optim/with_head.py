@@ -10,13 +10,16 @@ import torch
 from opencoder.model.classes.head import ClassHead
 
 from .base import Optimizer, StateTensor
+from .update import Settings
 
 
 class WithHead:
     """`backbone` for all parameters but those that `head` owns. What the methods promise stands in base.Optimizer."""
 
-    def __init__(self, backbone: Optimizer, head: ClassHead) -> None:
-        self.backbone, self.head = backbone, head
+    def __init__(self, backbone: Optimizer, head: ClassHead, settings: Settings) -> None:
+        """`settings`: of the class matrix. Its state must not have been made yet."""
+        self.backbone, self.head, self.lr_scale = backbone, head, settings.lr_scale
+        head.optim = head.optim.model_copy(update={"weight_decay": settings.weight_decay})
 
     def fold_gradients(self, keys: Iterable[str] | None = None) -> None:
         """Those of the backbone: the head gathers its own."""
@@ -38,7 +41,7 @@ class WithHead:
     def step(self, *, lr: float, skip: torch.Tensor | None = None) -> torch.Tensor:
         """Update both."""
         clip = self.backbone.step(lr=lr, skip=skip)
-        self.head.apply_gradients(lr, clip, skip)
+        self.head.apply_gradients(lr * self.lr_scale, clip, skip)
         return clip
 
     def wait_weights(self) -> None:

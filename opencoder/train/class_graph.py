@@ -51,6 +51,7 @@ class Graph:
                 rebuild.max_age,
             ),
             background=background,
+            everyone=mesh.world,  # copies of the class matrix must change graphs together too
             seed=t.seed,
         )
 
@@ -62,6 +63,10 @@ class Graph:
     def metrics(self, step: int) -> dict[str, float]:
         """graph_age, probe_recall, where they are known."""
         return self.keeper.metrics(step)
+
+    def close(self) -> None:
+        """Give up a build that is under way, once it is over: its collectives would meet those of the next."""
+        self.keeper.close()
 
     # ---- checkpoints ----
 

@@ -16,6 +16,7 @@ from opencoder.model.decoder import named_parameters
 from opencoder.model.encoder import HEAD_KEY, Encoder, build_encoder
 from opencoder.optim.base import Optimizer
 from opencoder.optim.build import build_optimizer
+from opencoder.optim.update import settings_of
 from opencoder.optim.with_head import WithHead
 from opencoder.parallel.mesh import Mesh
 
@@ -64,7 +65,15 @@ class ClassTrainer(Trainer):
     def _tensors(self) -> Tensors:
         return {**super()._tensors(), **(self.graph.tensors() if self.graph is not None else {})}
 
+    def run(self) -> None:
+        """As Trainer.run; a graph that is being made is waited for at the end."""
+        super().run()
+        if self.graph is not None:
+            self.graph.close()
+
     def _go_back(self, skipping: Skipping, at: int) -> None:
+        if self.graph is not None:
+            self.graph.close()
         super()._go_back(skipping, at)
         self._restore_head()
 
@@ -88,10 +97,11 @@ class ClassTrainer(Trainer):
 
     def _build_optimizer(self) -> Optimizer:
         """The head's own parameters are not the optimizer's, nor reduced over the ranks."""
+        head = self.model.lm_head
         parameters = {key: p for key, p in named_parameters(self.model).items() if key != HEAD_KEY}
         sharded = self.config.parallel.sharded_optimizer
         backbone = build_optimizer(parameters, self.config.optim, self.mesh, sharded=sharded, modules=[self.model])
-        return WithHead(backbone, self.model.lm_head)
+        return WithHead(backbone, head, settings_of(HEAD_KEY, head.placement, self.config.optim))
 
     def _build_runner(self) -> ClassRunner:
         return ClassRunner(self.model, self.optimizer, self.device)

@@ -95,7 +95,7 @@ def estimate_class_rank(config: Config, world_size: int, phase: Phase, *, cpu: b
     with torch.device("meta"):
         parameters = named_parameters(Encoder(m, mesh, optim=config.optim, parallel=p))
         whole = sum(q.numel() for q in Encoder(m, optim=config.optim).parameters())
-    check_groups(config.optim, [key for key in parameters if key != HEAD_KEY])
+    check_groups(config.optim, parameters)
     backbone = sum(q.numel() for key, q in parameters.items() if key != HEAD_KEY)
     s = sizes_of(config, micro_batch=phase.micro_batch_size, seq_len=phase.seq_len, cpu=cpu)
     head = head_sizes(config, mesh, micro_batch=phase.micro_batch_size)

@@ -22,7 +22,7 @@ from opencoder.checkpoint.together import together
 from opencoder.config import Config
 from opencoder.errors import ConfigError, DataError
 from opencoder.model.decoder import Decoder, named_parameters
-from opencoder.model.encoder import HEAD_KEY, Encoder
+from opencoder.model.encoder import Encoder
 from opencoder.optim.update import check_groups
 from opencoder.parallel.mesh import AXES, Mesh
 
@@ -136,7 +136,7 @@ def check_inputs(config: Config) -> None:
     DataError."""
     if config.optim.groups:
         with torch.device("meta"):
-            check_groups(config.optim, keys_of_optimizer(config))
+            check_groups(config.optim, keys_of_model(config))
     tokenizer = _tokenizer_facts(config.data.tokenizer) if config.data.tokenizer else None
     if tokenizer and tokenizer["size"] > config.model.vocab_size:
         raise ConfigError(
@@ -151,11 +151,10 @@ def check_inputs(config: Config) -> None:
         _check_dataset(prefix, config, tokenizer)
 
 
-def keys_of_optimizer(config: Config) -> list[str]:
-    """Checkpoint keys of the parameters that the optimizer updates: of a class head, all but its matrix. Build it under
-    `torch.device("meta")`."""
+def keys_of_model(config: Config) -> list[str]:
+    """Checkpoint keys of its parameters. Call it under `torch.device("meta")`."""
     if config.model.head.kind == "class":
-        return [key for key in named_parameters(Encoder(config.model, optim=config.optim)) if key != HEAD_KEY]
+        return list(named_parameters(Encoder(config.model, optim=config.optim)))
     return list(named_parameters(Decoder(config.model)))
 
 

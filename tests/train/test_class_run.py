@@ -16,6 +16,7 @@ import torch
 from opencoder.data.classification import ClassificationDataset, Shuffled
 from opencoder.errors import ConfigError, DataError
 from opencoder.model.decoder import named_parameters
+from opencoder.model.encoder import HEAD_KEY
 from opencoder.train.__main__ import main
 from opencoder.train.metrics import read_rows
 from tests.harness import run_cases, run_ranks
@@ -84,7 +85,7 @@ def test_a_run_equals_plain_torch(folder: Path, tmp_path: Path) -> None:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 0.1)
         optimizer.step()
-        assert row["loss"] == pytest.approx(float(loss), rel=1e-10)
+        assert row["loss"] == pytest.approx(float(loss.detach()), rel=1e-10)
         assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-10)
         assert norm > 0.1
     for key, (_, value) in ours.items():
@@ -205,3 +206,14 @@ def test_the_commands_train_and_estimate(folder: Path, tmp_path: Path, capsys: A
     assert re.search(r"step 2/2 .* valid_loss \d\.\d+  accuracy \d+\.\d+%", told)
     assert main([str(tmp_path / "c.yaml"), "--dry-run", "--world-size", "4"]) == 0
     assert f"classes           {CLASSES} × 16, 26 per rank, 26 scored in a step" in capsys.readouterr().out
+
+
+def test_the_class_matrix_has_the_settings_of_its_group(folder: Path, tmp_path: Path) -> None:
+    frozen = {"groups": [{"match": "lm_head.*", "lr_scale": 0.0, "weight_decay": 0.0}]}
+    given = tree(folder, str(tmp_path / "r"), features=True, optim=frozen)
+    trainer = trainer_of(given)
+    before = {key: p.detach().clone() for key, p in named_parameters(trainer.model).items()}
+    trainer.run()
+    moved = {key for key, p in named_parameters(trainer.model).items() if not torch.equal(p, before[key])}
+    assert moved == set(before) - {HEAD_KEY}
+    assert trainer.model.lm_head.optimizer.optim.weight_decay == 0.0
