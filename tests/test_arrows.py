@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 
 # A room may import the rooms of lower rank, never one of its own rank or above.
 RANK = {
-    "errors": 0, "files": 0, "compressed": 0, "native": 0, "config_loading": 1, "console": 1, "corpus_config": 2,
-    "config_rules": 2, "config": 3, "kernels": 0, "corpus": 4, "data": 4, "parallel": 4, "model": 5, "optim": 6, "checkpoint": 7,
-    "train": 8, "posttrain": 9, "eval": 9, "tools": 10,
+    "errors": 0, "files": 0, "compressed": 0, "native": 0, "config_loading": 1, "console": 1, "config_rules_kinds": 1,
+    "corpus_config": 2, "config_rules": 2, "config": 3, "kernels": 0, "corpus": 4, "data": 4, "parallel": 4, "model": 5,
+    "optim": 6, "checkpoint": 7, "train": 8, "posttrain": 9, "eval": 9, "tools": 10,
 }  # fmt: skip
 
 
