@@ -41,7 +41,8 @@ def config_of(folder: Path, task: str, method: str, *, classes: int, steps: int,
     head: dict[str, Any] = {"kind": "class", "classes": classes, "variant": "cosine", "scale": 20.0, **METHODS[method]}
     if head["selection"] == "knn":
         head["neighbours"] = min(head["neighbours"], classes)
-        head["rebuild"] = {"first_step": steps // 8, "every": max(1, steps // 2), "background": False}
+        # A graph of 100,000 classes takes as long as dozens of steps: made four times, not whenever a probe asks for it.
+        head["rebuild"] = {"first_step": steps // 8, "every": steps // 4, "background": False, "probe_recall": 0.0}
     held_out = json.loads((folder / "held_out.classification.json").read_text())["samples"]
     return {
         "run_dir": str(run_dir),
