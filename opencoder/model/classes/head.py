@@ -20,7 +20,7 @@ from opencoder.parallel.placement import Placement, place
 from . import probe
 from .partition import Partition
 from .rows import RowOptimizer, check_state
-from .scored import RowGradient, ScoredRows, Scratch
+from .scored import KEPT_BYTES, RowGradient, ScoredRows, Scratch
 from .selection import Selection, quota_of, select_rows
 from .softmax import Groups, Scoring, sharded_softmax
 from .topk import best_classes
@@ -91,6 +91,10 @@ class ClassHead(nn.Module):
         self.scratch = Scratch()
         self._optimizer: RowOptimizer | None = None
         self._labels: torch.Tensor | None = None
+        self._gathered: torch.Tensor | None = None
+        """(ranks, n): labels of the step's micro-batches, one after the other, of all ranks whose features are gathered."""
+        self._passed = 0
+        """How many of a rank's have been used."""
         self._rows: ScoredRows | None = None
         self._gradient: RowGradient | None = None
 
@@ -114,6 +118,8 @@ class ClassHead(nn.Module):
         self._check_labels(gathered)
         valid = gathered[gathered != IGNORE]
         if self.training:
+            self._gathered = (gathered if self.groups.samples.size > 1 else labels).view(-1, labels.numel())
+            self._passed = 0
             self._select(valid)
             self.steps += 1
         return torch.tensor(valid.numel(), device=labels.device)
@@ -131,8 +137,7 @@ class ClassHead(nn.Module):
 
     def _select(self, labels: torch.Tensor) -> None:
         """`labels`: all valid ones of the step."""
-        if self._gradient is not None:
-            self._gradient.close()
+        self._close()
         self._probe_due = self.steps % probe.EVERY == 0
         self._rows = self._all_rows() if self.config.selection == "full" else self._selected(labels)
         self._gradient = RowGradient(self._rows, self.scratch)
@@ -156,7 +161,17 @@ class ClassHead(nn.Module):
             weight = torch.tensor(selection.fill_weight, dtype=torch.float32, device=labels.device)
             offsets = torch.where(selection.hard, 0, weight)
         total = self._scored_of_all(labels) if config.label_smoothing else None
-        return ScoredRows(self.weight, selection.rows, offsets, total, self.variant.cosine)
+        return ScoredRows(
+            self.weight, selection.rows, offsets, total, self.variant.cosine, self._copied(selection.rows)
+        )
+
+    def _copied(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """The rows `ids`, if a copy of them is worth its memory."""
+        weight, shape = self.weight.detach(), (ids.shape[0], self.weight.shape[1])
+        if shape[0] * shape[1] * weight.element_size() > KEPT_BYTES:
+            return None
+        room = self.scratch.take("rows", shape[0] * shape[1], weight, weight.dtype)
+        return torch.index_select(weight, 0, ids, out=room.view(shape))
 
     def _scored_of_all(self, labels: torch.Tensor) -> int:
         """Classes that all ranks score for these labels: each rank its quota, or its labels where those are more."""
@@ -169,7 +184,7 @@ class ClassHead(nn.Module):
 
     def loss(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """features (b, D), labels (b,) → sum of losses over this rank's samples (0-dim), statistics without gradients: `tokens`,
-        valid samples; `token_losses` (b,), 0 where ignored; `z_loss`, 0.
+        valid samples; `token_losses` (b,), 0 where ignored; `z_loss`, 0. Micro-batches come in the order of `begin_step`.
 
         In training over the classes that `begin_step` selected; in evaluation over all of them, without gradients; margins
         count in both. The sum must be multiplied by the same factor on all ranks before its backward pass."""
@@ -179,7 +194,7 @@ class ClassHead(nn.Module):
         if rows is None:
             raise RuntimeError("ClassHead.loss() before begin_step(): the classes of the step are not selected yet")
         labels = labels.reshape(-1)
-        gathered = self.groups.samples.all_gather(labels)
+        gathered = self._gathered_before(labels) if training else self.groups.samples.all_gather(labels)
         places = rows.places(gathered - self.first)
         self._check_scored(gathered, places)
         if self.variant.cosine:
@@ -191,18 +206,28 @@ class ClassHead(nn.Module):
         total, each = sharded_softmax(features, gathered, places, scoring, gradient)
         return total, {"tokens": (labels != IGNORE).sum(), "token_losses": each, "z_loss": total.new_zeros(())}
 
+    def _gathered_before(self, labels: torch.Tensor) -> torch.Tensor:
+        """Those of the micro-batch `labels` (b,) of all ranks, (B,), out of what begin_step gathered."""
+        assert self._gathered is not None
+        begin, end = self._passed, self._passed + labels.numel()
+        found = self._gathered[:, begin:end]
+        text = "ClassHead.loss(): micro-batches must come as begin_step() was given them: the same labels in the same order"
+        own = found[self.groups.samples.rank]
+        if own.shape != labels.shape:
+            raise ValueError(text)
+        _require((own == labels).all(), text)
+        self._passed = end
+        return found.flatten()
+
     def _check_scored(self, gathered: torch.Tensor, places: torch.Tensor) -> None:
         """Every valid label has its place on the rank it belongs to."""
         local = gathered - self.first
         here = (local >= 0) & (local < self.weight.shape[0])
         unknown = (gathered >= self.partition.classes) | ((gathered < 0) & (gathered != IGNORE))
         fine = ~((here & (places < 0)) | unknown).any()
-        text = "ClassHead.loss(): a label is not among the scored classes: begin_step() must be given all labels of the step"
-        if gathered.device.type == "cpu":
-            if not fine:
-                raise ValueError(text)
-        else:
-            torch._assert_async(fine, text)  # the host does not wait
+        _require(
+            fine, "ClassHead.loss(): a label is not among the scored classes: begin_step() must be given all labels"
+        )
 
     def _scoring(self, rows: ScoredRows) -> Scoring:
         smoothing = self.config.label_smoothing
@@ -257,9 +282,15 @@ class ClassHead(nn.Module):
         the step is counted all the same."""
         values = self.finished_gradient()
         assert self._rows is not None
-        assert self._gradient is not None
         self.optimizer.step(self._rows, values, lr=lr, clip=clip_coef, skip=skip)
-        self._gradient.close()
+        self._close()
+
+    def _close(self) -> None:
+        """The step is over: its buffers are free."""
+        if self._gradient is not None:
+            self._gradient.close()
+        if self._rows is not None and self._rows.kept is not None:
+            self.scratch.give_back("rows", self._rows.kept.view(-1))
         self._rows = self._gradient = None
 
     def metrics(self) -> dict[str, float]:
@@ -281,3 +312,12 @@ class ClassHead(nn.Module):
     def weights_changed(self) -> None:
         """Take over a weight that was loaded into the parameter."""
         self.optimizer.weights_changed()
+
+
+def _require(fine: torch.Tensor, text: str) -> None:
+    """ValueError with `text` unless the 0-dim `fine` is true; on a GPU an error later, as the host does not wait."""
+    if fine.device.type == "cpu":
+        if not fine:
+            raise ValueError(text)
+    else:
+        torch._assert_async(fine, text)

@@ -80,7 +80,7 @@ class RowOptimizer:
         skip: torch.Tensor | None = None,
     ) -> None:
         """Update with `gradient` (m, D) of `rows`, times `clip`. Where the boolean `skip` is true, weight and state stay as they
-        are; the step is counted all the same."""
+        are; the step is counted all the same. A copy of the rows that `rows` keeps is used up."""
         self.steps += 1
         if skip is not None and skip.device.type == "cpu":  # nobody need be waited for to know it
             if skip:
@@ -96,7 +96,8 @@ class RowOptimizer:
                 assert rows.ids is not None
                 whole = g.new_zeros(chunk.index.stop - chunk.index.start, g.shape[1])
                 g = whole.index_copy_(0, rows.ids[chunk.begin : chunk.end] - chunk.index.start, g)
-            self._update(chunk.index, g, lr, clip, skip)
+            kept = rows.kept[chunk.begin : chunk.end] if rows.kept is not None and not everything else None
+            self._update(chunk.index, g, lr, clip, skip, kept)
 
     def _chunks(self, rows: ScoredRows, *, everything: bool) -> Iterator[_Chunk]:
         n, width = self.weight.shape
@@ -120,10 +121,15 @@ class RowOptimizer:
         lr: float,
         clip: float | torch.Tensor | None,
         skip: torch.Tensor | None,
+        kept: torch.Tensor | None = None,
     ) -> None:
-        """Rows `index` in wide copies (views where they are wide and consecutive), updated and put back."""
+        """Rows `index` in wide copies (views where they are wide and consecutive), updated and put back. `kept`: a copy of those
+        of the weight, which is used up."""
         stored = {"weight": self.weight.detach(), **self.state}
-        held = {name: self._taken(name, tensor, index) for name, tensor in stored.items()}
+        held = {
+            name: kept if name == "weight" and kept is not None else self._taken(name, tensor, index)
+            for name, tensor in stored.items()
+        }
         main = "master" if "master" in stored else "weight"
         works = {name: tensor.to(g.dtype) for name, tensor in held.items() if main == name or name != "weight"}
         if self.config.optimizer == "adamw":

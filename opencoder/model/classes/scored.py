@@ -14,6 +14,8 @@ from .variants import SMALLEST_NORM
 
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 """Logits worked on at a time: what stays in a core's second cache; on a GPU, what bounds the copies beside them."""
+KEPT_BYTES = 1 << 25
+"""Scored rows are copied once a step where the copy is no larger: gathering short rows three times costs more than its memory."""
 LEAST_ROWS = 256
 """Of a chunk, however many samples: the sum of the features' gradients is read and written once for each."""
 
@@ -54,6 +56,8 @@ class ScoredRows:
     """Classes scored on all ranks; None: those of `ids`."""
     cosine: bool = False
     """Rows are brought to length 1."""
+    kept: torch.Tensor | None = None
+    """(m, D), a copy of the rows `ids`, of which they are then read instead of gathering them anew each time."""
     _rooms: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -84,6 +88,8 @@ class ScoredRows:
         weight = self.weight.detach()
         if self.ids is None:
             return weight[begin:end]
+        if self.kept is not None:
+            return self.kept[begin:end]
         return torch.index_select(weight, 0, self.ids[begin:end], out=self._room(weight.dtype, end - begin))
 
     def rows(self, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:

@@ -341,7 +341,7 @@ def test_misuse_is_told() -> None:
     head.begin_step([labels])
     with pytest.raises(ValueError, match="one feature for each label"):
         head.loss(features[:, :5], labels)
-    with pytest.raises(ValueError, match="not among the scored classes"):
+    with pytest.raises(ValueError, match="the same labels in the same order"):
         head.loss(features, labels + 900)
     with pytest.raises(RuntimeError, match="no gradient"):
         head.grad_sq_norm()

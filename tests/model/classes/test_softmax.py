@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from opencoder.model.classes import head as head_module
 from opencoder.model.classes import probe, rows, scored
 from opencoder.model.classes.scored import RowGradient, ScoredRows, Scratch
 from opencoder.model.classes.softmax import Groups, Scoring, missing_mass, sharded_softmax
@@ -103,9 +104,12 @@ class Made(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_28_memory_is_that_of_the_scored_rows(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_28_memory_is_that_of_the_scored_rows(optimizer: str, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`kept`: the rows are copied once, as short ones are."""
     monkeypatch.setattr(scored, "LEAST_ROWS", 64)
+    monkeypatch.setattr(head_module, "KEPT_BYTES", scored.KEPT_BYTES if kept else 0)
     for module in (scored, rows):
         monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", 1 << 13)
     classes, batch, rho = 20_000, 64, 0.1
@@ -125,11 +129,13 @@ def test_28_memory_is_that_of_the_scored_rows(optimizer: str, monkeypatch: pytes
         sizes = sorted((n for pointer, n in made.bytes.items() if pointer not in state), reverse=True)
         logits = batch * classes * rho * 4
         assert abs(sizes[0] / logits - 1) <= 0.05
-        # The next are the gradient of the rows, (m, D), and then what belongs to a chunk or has a number for each class.
-        assert abs(sizes[1] / (classes * rho * D * 4) - 1) <= 0.05
-        assert sizes[2] <= classes * 8 + 4096
+        # The next are the rows and their gradient, (m, D), and then what belongs to a chunk or has a number for each class.
+        rows_bytes = classes * rho * D * 4
+        assert all(abs(size / rows_bytes - 1) <= 0.05 for size in sizes[1 : 2 + kept])
+        assert sizes[2 + kept] <= classes * 8 + 4096
     # Used again, not made again.
-    assert [t.nbytes for kind in ("logits", "gradient") for t in head.scratch._free[kind]] == sizes[:2]
+    kinds = ["logits", "gradient", *(["rows"] if kept else [])]
+    assert [t.nbytes for kind in kinds for t in head.scratch._free[kind]] == sizes[: 2 + kept]
 
 
 @pytest.mark.parametrize("name", ["arcface", "cosface"])
