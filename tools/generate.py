@@ -47,23 +47,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def continue_text(model: Any, tokenizer_folder: Path, prompt: str, args: argparse.Namespace) -> str:
     """The prompt and its continuation as text."""
+    import torch
     from transformers import AutoTokenizer
 
+    from opencoder.data.chat_prompt import prompt_ids
     from opencoder.data.tokenizer import TURN_END
 
     tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
     stops: dict[str, Any] = {}
     if args.chat:
-        turns = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}])
         # An answer ends with its turn, as well as with the document.
         ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get(TURN_END)} - {None}
         stops["eos_token_id"] = sorted(ends)
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    else:
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    given = torch.tensor([ids])
     sampling = {"temperature": args.temperature, "top_p": args.top_p} if args.temperature > 0 else {}
     output = model.generate(
-        input_ids=encoded["input_ids"],
-        attention_mask=encoded["attention_mask"],
+        input_ids=given,
+        attention_mask=torch.ones_like(given),
         max_new_tokens=args.max_new_tokens,
         do_sample=args.temperature > 0,
         pad_token_id=tokenizer.pad_token_id,

@@ -11,6 +11,7 @@ import torch
 
 from opencoder.checkpoint import folders, hf
 from opencoder.checkpoint.hf_config import check_ids
+from opencoder.data.chat_prompt import prompt_ids
 from opencoder.errors import DataError, UserError
 
 from .generation import Sampling, Text
@@ -39,8 +40,7 @@ class Local:
     def generate(self, task: Task, samples: Sequence[int], sampling: Sampling) -> list[Text]:
         """Texts of one task, `batch_size` samples at a time. The seed is that of the task and its samples: the same text comes
         whatever else a run holds, and when it is resumed."""
-        prompt = self._prompt(task, sampling)
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = self._prompt(task, sampling)
         room = min(sampling.max_new_tokens, self.context - len(ids))
         if room < 1 or not ids:
             return [Text(task.id, sample, "", "prompt too long") for sample in samples]
@@ -53,14 +53,13 @@ class Local:
             texts += [self._text(task, sample, row, room) for sample, row in zip(part, rows, strict=True)]
         return texts
 
-    def _prompt(self, task: Task, sampling: Sampling) -> str:
+    def _prompt(self, task: Task, sampling: Sampling) -> list[int]:
         question = task.question(sampling.mode)
         if sampling.mode == "completion":
-            return question
+            return list(self.tokenizer(question, add_special_tokens=False)["input_ids"])
         if not getattr(self.tokenizer, "chat_template", None):
             raise UserError(f"{self.folder} has no chat template: use --mode completion, or a tuned model")
-        turns = [{"role": "user", "content": question}]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return prompt_ids(self.tokenizer, [{"role": "user", "content": question}])
 
     def _draw(self, ids: list[int], count: int, room: int, stops: Sequence[str], sampling: Sampling) -> list[list[int]]:
         from transformers import StoppingCriteriaList

@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from opencoder.data import tokenizer as tok
+from opencoder.data.chat_prompt import PRIVATE, prompt_ids
 from opencoder.errors import DataError
 from opencoder.posttrain.chat import ChatEncoder, Message, check_template
 
@@ -60,6 +61,23 @@ def test_ids_are_those_of_transformers(encoder: ChatEncoder, theirs: PreTrainedT
         for prompt in (False, True):
             expected = theirs.apply_chat_template(turns, add_generation_prompt=prompt, return_dict=False)
             assert (encoder.prompt(messages) if prompt else encoder.encode(messages).ids) == list(expected), turns
+
+
+def test_prompts_of_a_model_keep_marks_as_text(encoder: ChatEncoder, theirs: PreTrainedTokenizerBase) -> None:
+    """As tuning does; without marks they are transformers' own."""
+    draw = random.Random(1)
+    marks = [token.content for token in theirs.added_tokens_decoder.values() if token.special]
+    assert "<|im_end|>" in marks
+    for number in range(200):
+        messages = random_conversation(draw)
+        if number % 2:
+            messages = [
+                Message(m.role, m.content + "".join(draw.choices([*marks, "\ue000", "a"], k=3))) for m in messages
+            ]
+        turns = [message._asdict() for message in messages]
+        assert prompt_ids(theirs, turns) == encoder.prompt(messages), turns
+    with pytest.raises(ValueError, match="all private characters"):
+        prompt_ids(theirs, [{"role": "user", "content": marks[0] + "".join(map(chr, PRIVATE))}])
 
 
 def test_answers_alone_are_learned_with_their_end(encoder: ChatEncoder) -> None:
