@@ -256,8 +256,9 @@ class Trainer:
         numbers["worst"] = self.mesh.world.all_reduce(on_device(worst, self.device), "max")
         done.numbers = Late(numbers)
         done.valid = self._evaluated([*unread, done])
-        done.comm_bytes = records.take().bytes
-        done.save_wait_s, self.save_wait_s = self.save_wait_s, 0.0
+        if not done.left_out:  # whose row has no room for them: the next one tells
+            done.comm_bytes = records.take().bytes
+            done.save_wait_s, self.save_wait_s = self.save_wait_s, 0.0
         return done
 
     def _update(self, done: Done, micro_batches: list[MicroBatch]) -> dict[str, torch.Tensor]:

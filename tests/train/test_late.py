@@ -110,6 +110,16 @@ def test_a_late_run_stops_within_a_step_of_being_asked(tmp_path: Path, prefix: P
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
+def test_what_was_waited_for_a_save_before_a_step_left_out_is_told_after_it(tmp_path: Path, prefix: Path) -> None:  # noqa: F811
+    settings = load_config(config(tmp_path, prefix), ["train.steps=3", "train.skip={steps: [1]}"])
+    trainer = Trainer(settings, Mesh(), CPU)
+    trainer.save_wait_s = 5.0
+    trainer.run()
+    left_out, *done = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert "save_wait_s" not in left_out
+    assert [row["save_wait_s"] >= 5 for row in done] == [True, False]
+
+
 def test_numbers_are_those_of_the_moment_they_were_asked_for() -> None:
     x, flag, n = torch.tensor([[1.5, 2.5]]), torch.tensor(True), torch.tensor(2**40 + 1)
     late = Late({"x": x, "flag": flag, "n": n})
