@@ -9,43 +9,21 @@ import torch
 
 from opencoder.data.loader import MASKED, MicroBatch
 from opencoder.model.encoder import Encoder
-from opencoder.optim.base import Optimizer
 from opencoder.parallel.mesh import Mesh
 
+from .step import SequentialRunner
 from .totals import Totals
 
 TOP = 5
 """Classes whose logits are the highest, among which a label is looked for."""
 
 
-class ClassRunner:
-    """One micro-batch after another through the whole encoder. What its methods promise stands in step.Runner."""
-
-    def __init__(self, model: Encoder, optimizer: Optimizer, device: torch.device) -> None:
-        self.model, self.optimizer, self.device = model, optimizer, device
+class ClassRunner(SequentialRunner[Encoder]):
+    """One micro-batch after another through the whole encoder. The losses have no groups."""
 
     def begin_step(self, targets_of_all_micro_batches: Iterable[torch.Tensor]) -> torch.Tensor:
         """The head's count; in training it selects the classes of the step."""
         return self.model.begin_step(targets_of_all_micro_batches)
-
-    def run(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor, *, groups: int = 0) -> Totals:
-        """Forward, backward and fold for each. The losses have no groups."""
-        totals = Totals(self.device)
-        for i, mb in enumerate(micro_batches):
-            loss_sum = self._loss(mb, totals)
-            if i == len(micro_batches) - 1:
-                self.optimizer.last_backward()
-            (loss_sum / count).backward()
-            self.optimizer.fold_gradients()
-        return totals
-
-    @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Totals:
-        """Forward alone, over all classes."""
-        totals = Totals(self.device)
-        for mb in micro_batches:
-            self._loss(mb, totals)
-        return totals
 
     def _loss(self, mb: MicroBatch, totals: Totals) -> torch.Tensor:
         inputs, labels, lengths = inputs_of(mb, self.device)

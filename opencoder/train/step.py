@@ -6,7 +6,7 @@ and applies the gradients, a guard may ask to skip the step. Nothing here waits 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from opencoder.parallel.mesh import Mesh
 
 from .totals import Totals
 
+Model = TypeVar("Model", bound=nn.Module)
 Guard = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
 """(global loss, gradient norm) → a boolean tensor, equal on all ranks, that is true where the update must be left out; None:
 never. It may raise to stop the run before the update."""
@@ -71,15 +72,15 @@ class Runner(Protocol):
         """The same sums without gradients."""
 
 
-class SequentialRunner:
+class SequentialRunner(Generic[Model]):
     """One micro-batch after another through the whole model."""
 
-    def __init__(self, model: Decoder, optimizer: Optimizer, device: torch.device) -> None:
+    def __init__(self, model: Model, optimizer: Optimizer, device: torch.device) -> None:
         self.model, self.optimizer, self.device = model, optimizer, device
 
     def begin_step(self, targets_of_all_micro_batches: Iterable[torch.Tensor]) -> torch.Tensor:
-        """The head's count."""
-        return self.model.lm_head.begin_step(targets_of_all_micro_batches)
+        """The count of the step."""
+        raise NotImplementedError
 
     def run(self, micro_batches: Sequence[MicroBatch], count: torch.Tensor, *, groups: int = 0) -> Totals:
         """Forward, backward and fold for each."""
@@ -99,6 +100,18 @@ class SequentialRunner:
         for mb in micro_batches:
             self._loss(mb, totals)
         return totals
+
+    def _loss(self, mb: MicroBatch, totals: Totals) -> torch.Tensor:
+        """The sum of its losses, which is added to `totals`."""
+        raise NotImplementedError
+
+
+class DecoderRunner(SequentialRunner[Decoder]):
+    """Micro-batches of text through a decoder."""
+
+    def begin_step(self, targets_of_all_micro_batches: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The head's count."""
+        return self.model.lm_head.begin_step(targets_of_all_micro_batches)
 
     def _loss(self, mb: MicroBatch, totals: Totals) -> torch.Tensor:
         tokens, labels, documents = inputs_of(mb, self.device)
@@ -124,7 +137,7 @@ class TrainStep:
         self.model, self.optimizer, self.mesh, self.device, self.guard = model, optimizer, mesh, device, guard
         if runner is None:
             assert isinstance(model, Decoder), type(model)
-            runner = SequentialRunner(model, optimizer, device)
+            runner = DecoderRunner(model, optimizer, device)
         self.runner: Runner = runner
 
     def update(self, micro_batches: Sequence[MicroBatch], *, lr: float, groups: int = 0) -> StepResult:
