@@ -45,18 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(args: Namespace) -> None:
     from opencoder.checkpoint import hf_export
-    from opencoder.parallel.group import Records, start_processes, stop_processes, world_group
+    from opencoder.parallel.group import Records, processes, world_group
     from opencoder.train.environment import START_UP_S, world_size
 
-    if world_size() > 1:
-        start_processes("cpu", timeout_s=START_UP_S)
-    try:
+    with processes("cpu", size=world_size(), timeout_s=START_UP_S):
         world = world_group(Records())
         written = hf_export.export(args.input, args.output, dtype=args.dtype, world=world)
         if world.rank == 0:
             print(f"wrote {written}")
-    finally:
-        stop_processes()
 
 
 if __name__ == "__main__":

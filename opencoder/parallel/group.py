@@ -6,13 +6,16 @@ process group is needed, so every layer runs in a plain unit test."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -26,6 +29,10 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp
 # torch 2.13 has given two collectives new names and warns at the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+_OPEN: WeakSet[Group] = WeakSet()
+"""The groups of this process that hold one of torch's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +52,10 @@ class Group:
     records: Records = field(default_factory=Records, repr=False)
     """Shared by all groups of a mesh."""
     _sequence: Iterator[int] = field(default_factory=lambda: count(1), repr=False)
+
+    def __post_init__(self) -> None:
+        if self.process_group is not None:
+            _OPEN.add(self)
 
     def _begin(self, operation: str, tensors: Sequence[torch.Tensor]) -> Record:
         if self.process_group is None:
@@ -238,8 +249,25 @@ def _sum_in_order(parts: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Ten
 # ---- processes and groups ----
 
 
+@contextmanager
+def processes(device_type: str, *, size: int, timeout_s: float) -> Iterator[None]:
+    """The block has the default process group of `size` processes from torchrun's variables: nccl on CUDA, gloo on the CPU. One
+    process needs none. After it no group of this process can be used."""
+    if size > 1:
+        start_processes(device_type, timeout_s=timeout_s)
+    try:
+        yield
+    except BaseException:
+        if dist.is_initialized():
+            # Not `_close`: that waits for what is under way, and the ranks it is under way with may be gone.
+            dist.destroy_process_group()
+        raise
+    if dist.is_initialized():
+        _close()
+
+
 def start_processes(device_type: str, *, timeout_s: float) -> None:
-    """Set up the default process group from torchrun's variables: nccl on CUDA, gloo on the CPU."""
+    """The same for a process that is not closed but ended."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # torch's flight recorder, which reads this when it starts
     backend, timeout = "nccl" if device_type == "cuda" else "gloo", timedelta(seconds=timeout_s)
     store = store_of_torchrun(timeout_s=timeout_s)
@@ -250,10 +278,14 @@ def start_processes(device_type: str, *, timeout_s: float) -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
-def stop_processes() -> None:
-    """Close all process groups, if there are any."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _close() -> None:
+    """Torch's groups end, and their threads with them, when nobody holds them any more. A thread of gloo that still has a tensor
+    when the interpreter ends aborts the process (pytorch issue 190489): so nothing here holds on to them."""
+    dist.destroy_process_group()
+    for group in _OPEN:
+        object.__setattr__(group, "process_group", None)
+    _OPEN.clear()
+    gc.collect()  # those in cycles, such as a pipeline's stages
 
 
 def world_group(records: Records) -> Group:

@@ -13,7 +13,7 @@ import torch
 
 from opencoder.config import Config, TrainConfig
 from opencoder.errors import ConfigError
-from opencoder.parallel.group import start_processes, stop_processes
+from opencoder.parallel.group import processes
 from opencoder.parallel.mesh import Mesh, create_mesh, kv_replicas_of
 
 from .watchdog import watched
@@ -59,9 +59,7 @@ def environment(config: Config) -> Iterator[tuple[Mesh, torch.device]]:
     set_determinism(config.train)
     # torch's own time-out says little of who is late, and ends no rank but those that wait: the watchdog comes before it.
     timeout_s = max(START_UP_S, 2 * config.train.timeout_s)
-    if world_size() > 1:
-        start_processes(device.type, timeout_s=timeout_s)
-    try:
+    with processes(device.type, size=world_size(), timeout_s=timeout_s):
         p = config.parallel
         replicas = kv_replicas_of(config.model.kv_heads, p.tp)
         mesh = create_mesh(
@@ -74,8 +72,6 @@ def environment(config: Config) -> Iterator[tuple[Mesh, torch.device]]:
             on_cuda=device.type == "cuda",
         ):
             yield mesh, device
-    finally:
-        stop_processes()
 
 
 def _set_threads(config: TrainConfig, device: torch.device) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,3 +212,28 @@ def test_what_is_received_is_not_handed_over() -> None:
     for operation in ("send", "receive", "all_reduce"):
         records.end(records.begin("pp 0→1", 1, operation, [tensor], (0, 1)), 0.0)
     assert records.take()[:2] == (3, 2 * 40)
+
+
+LEFT_UNWAITED = """
+import os, torch
+from opencoder.parallel.group import Records, new_group, processes, world_group
+with processes("cpu", size=2, timeout_s=60):
+    world = world_group(Records())
+    other = new_group("other", [[0, 1]], world)
+    for group in (world, other):
+        for _ in range(20):
+            group.start_all_reduce(torch.ones(1_000_000))
+names = [open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task")]
+print(world.process_group, sum("gloo" in name for name in names))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in Linux's /proc")
+def test_no_thread_of_a_group_is_left_when_the_interpreter_ends() -> None:
+    """Else one that still has a tensor aborts the process then."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run(
+        [*run, sys.executable, "-c", LEFT_UNWAITED], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["None", "0"] * 2

@@ -63,13 +63,9 @@ def mesh() -> Iterator[Any]:
     """The mesh of this process's job, data parallel alone; one thread."""
     import torch
 
-    from opencoder.parallel.group import start_processes, stop_processes
+    from opencoder.parallel.group import processes
     from opencoder.parallel.mesh import create_mesh
 
     torch.set_num_threads(1)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        start_processes("cpu", timeout_s=TIMEOUT_S)
-    try:
+    with processes("cpu", size=int(os.environ.get("WORLD_SIZE", "1")), timeout_s=TIMEOUT_S):
         yield create_mesh()
-    finally:
-        stop_processes()
