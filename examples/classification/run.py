@@ -26,6 +26,9 @@ from opencoder.files import write_json, write_text
 
 HERE = Path(__file__).parent
 VOCABULARY, TOKENS, DIM, BATCH = 4096, 32, 64, 512
+ENCODER_LR, HEAD_LR = 2e-4, 10.0
+"""A class is seen a few times in all, so its row must come near its samples in one update: plain SGD, whose gradient is divided by
+the batch, at a rate of that order. The encoder must stay about what it was meanwhile: it moves slowly."""
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"selection": "full"},
     "random": {"selection": "random", "rho": 0.1},
@@ -38,7 +41,8 @@ TASKS = {"functions": "Which function is this crop from?", "calls": "What is cal
 
 def config_of(folder: Path, task: str, method: str, *, classes: int, steps: int, run_dir: Path) -> dict[str, Any]:
     """The configuration of one training run."""
-    head: dict[str, Any] = {"kind": "class", "classes": classes, "variant": "cosine", "scale": 20.0, **METHODS[method]}
+    how = {"kind": "class", "classes": classes, "variant": "cosine", "scale": 20.0, "optimizer": "sgd"}
+    head: dict[str, Any] = how | METHODS[method]
     if head["selection"] == "knn":
         head["neighbours"] = min(head["neighbours"], classes)
         # A graph of 100,000 classes takes as long as dozens of steps: made four times, not whenever a probe asks for it.
@@ -58,7 +62,11 @@ def config_of(folder: Path, task: str, method: str, *, classes: int, steps: int,
             "steps": steps, "global_batch_size": BATCH, "micro_batch_size": BATCH, "eval_every": steps,
             "eval_samples": min(20_480, held_out), "device": "cpu",
         },
-        "optim": {"lr": 1e-2, "min_lr": 1e-4, "warmup_steps": max(1, steps // 10), "schedule": "cosine", "weight_decay": 0.0},
+        "optim": {
+            "lr": ENCODER_LR, "min_lr": ENCODER_LR / 10, "warmup_steps": 4, "schedule": "cosine", "weight_decay": 0.0,
+            "clip_norm": None, "momentum": 0.0,
+            "groups": [{"match": "lm_head.*", "lr_scale": HEAD_LR / ENCODER_LR}],
+        },
         "log": {"every": max(1, steps // 20), "tensorboard": False},
     }  # fmt: skip
 
@@ -272,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--methods", nargs="+", choices=list(METHODS), default=["full", "random", "knn, corrected"], help="runs"
     )
     parser.add_argument("--classes", type=int, default=100_000, help="functions to learn; 0: all that are found")
-    parser.add_argument("--steps", type=int, default=300, help="steps of each run")
+    parser.add_argument("--steps", type=int, default=480, help="steps of each run")
     args = parser.parse_args(argv)
     if args.steps < 20:
         raise UserError(f"--steps {args.steps}: at least 20, so that there is a warm-up and a graph")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import email
+import json
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -169,3 +172,18 @@ def test_synthetic_sets_are_what_the_generator_says_and_fit_their_configuration(
     assert len(held_out) == 50
     assert not np.array_equal(held_out.inputs, train.inputs[:50])
     validate(load_config(tmp_path / "classes.yaml", []), 1)
+
+
+def test_a_small_run_learns_to_know_functions_again(tmp_path: Path) -> None:
+    output, package = tmp_path / "out", str(Path(email.__file__).parent)
+    how = ["--output", output, "--input", package, "--task", "functions", "--methods", "full", "--steps", "20"]
+    run = [sys.executable, FOLDER / "run.py", *how, "--classes", "150"]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads((output / "report.json").read_text())["tasks"].values()
+    assert found["data"]["classes"] == 150
+    assert found["runs"]["full"]["accuracy"] > 20 / 150, "twenty times what guessing gives"
+    assert {"plot.png", "report.html", "report.md"} <= {path.name for path in output.iterdir()}
+    again = subprocess.run(run, capture_output=True, text=True, check=False, timeout=300)
+    assert again.returncode == 0
+    assert "step 1/" not in again.stdout, "what is done is not done again"
