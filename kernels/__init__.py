@@ -23,7 +23,7 @@ if __name__ == "opencoder.kernels":
     from .cross_entropy import ce_grad, ce_stats, cross_entropy
     from .elementwise import rotary, swiglu
     from .linear_cross_entropy import linear_cross_entropy
-    from .optimizer import adamw_step, grad_norm
+    from .optimizer import adamw_step, grad_norm, sgd_rows_step
     from .rms_norm import rms_norm
 
     __all__ = [
@@ -48,6 +48,7 @@ if __name__ == "opencoder.kernels":
         "random_keys",
         "rms_norm",
         "rotary",
+        "sgd_rows_step",
         "smallest_keys",
         "swiglu",
         "use",

@@ -47,6 +47,7 @@ ORDER: dict[str, Order] = {
     "linear_cross_entropy": _LISTS,
     "adamw_step": _LISTS,
     "grad_norm": _LISTS,
+    "sgd_rows_step": _ROWS | {"cuda": ("reference",)},
     "merge_nearest": _ROWS | {"cuda": ("torch", "reference")},
     "neighbour_priority": _CPP_OR_TORCH,
     "smallest_keys": _CPP_OR_TORCH,

@@ -1,4 +1,4 @@
-"""The public functions `adamw_step` and `grad_norm`: lists of tensors in few launches."""
+"""The public functions `adamw_step` and `grad_norm`, lists of tensors in few launches, and `sgd_rows_step`, some rows of a matrix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from . import _checks
 from ._dispatch import choose, register
-from ._library import Ops, TritonModule, define, register_both, statistics_type
+from ._library import CPP_MISSING, Ops, TritonModule, cpp_supports, define, register_both, statistics_type
 from .reference import optimizer as _reference
 
 _triton = TritonModule("optimizer")
@@ -77,6 +77,41 @@ def grad_norm(tensors: Tensors, *, impl: str = "auto") -> torch.Tensor:
     _checks.floating("grad_norm", **{f"tensors[{i}]": t for i, t in enumerate(tensors)})
     norm: torch.Tensor = choose("grad_norm", impl, tensors[0].device, tensors).run(tensors)
     return norm
+
+
+@torch.no_grad()
+def sgd_rows_step(
+    weight: torch.Tensor,
+    momentum_buffer: torch.Tensor,
+    grad: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float = 0.0,
+    clip_coef: float = 1.0,
+    impl: str = "auto",
+) -> None:
+    """SGD with momentum, as torch.optim.SGD has it, of the rows `rows` of `weight` (N, D) alone, in place, with `grad` (m, D) times
+    `clip_coef`; the other rows and their momentum keep every bit.
+
+    rows: int64 (m,), distinct. momentum_buffer: (N, D). All three are fp32, or all fp64."""
+    _checks.same_dtype("sgd_rows_step", weight=weight, momentum_buffer=momentum_buffer, grad=grad)
+    _checks.one_device("sgd_rows_step", weight=weight, momentum_buffer=momentum_buffer, grad=grad, rows=rows)
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"sgd_rows_step: weight is {weight.dtype}; allowed: fp32, fp64")
+    wanted = (weight.shape, (*rows.shape, *weight.shape[1:]))
+    if (weight.dim(), rows.dim()) != (2, 1) or (momentum_buffer.shape, tuple(grad.shape)) != wanted:
+        raise ValueError(
+            f"sgd_rows_step: weight (N, D), momentum_buffer (N, D), grad (m, D), rows (m,) do not fit: got "
+            f"{[tuple(t.shape) for t in (weight, momentum_buffer, grad, rows)]}"
+        )
+    if rows.dtype != torch.int64 or not (weight.is_contiguous() and momentum_buffer.is_contiguous()):
+        raise ValueError("sgd_rows_step: rows must be int64; weight and momentum_buffer, updated in place, contiguous")
+    _checks.at_least("sgd_rows_step", 0, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    arguments = (weight, momentum_buffer, grad, rows)
+    options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "clip_coef": clip_coef}
+    choose("sgd_rows_step", impl, weight.device, *arguments, **options).run(*arguments, **options)
 
 
 def _device(params: Tensors, otherwise: torch.Tensor) -> torch.device:
@@ -186,7 +221,23 @@ def _grad_norm(ops: Ops, tensors: Tensors) -> torch.Tensor:
     return norm
 
 
+@register("sgd_rows_step", "cpp", cpp_supports, missing=lambda: CPP_MISSING)
+def _cpp_sgd_rows(
+    weight: torch.Tensor,
+    momentum_buffer: torch.Tensor,
+    grad: torch.Tensor,
+    rows: torch.Tensor,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    clip_coef: float,
+) -> None:
+    updated = (weight, momentum_buffer, grad.contiguous(), rows.contiguous())
+    torch.ops.opencoder.sgd_rows_step_(*updated, lr, momentum, weight_decay, clip_coef)
+
+
 register("adamw_step", "reference")(_reference.adamw_step)
+register("sgd_rows_step", "reference")(_reference.sgd_rows_step)
 register("grad_norm", "reference")(_reference.grad_norm)
 register_both("adamw_step", _adamw)
 register_both("grad_norm", _grad_norm)
@@ -202,4 +253,10 @@ define(
     "square_sum(Tensor[] tensors) -> Tensor",
     fake=lambda tensors: tensors[0].new_empty((), dtype=torch.float64),
     triton=_triton.square_sum,
+)
+define(
+    "sgd_rows_step_(Tensor(a!) weight, Tensor(b!) momentum_buffer, Tensor grad, Tensor rows, float lr, float momentum, "
+    "float weight_decay, float clip) -> ()",
+    fake=lambda *arguments: None,
+    python=_reference.sgd_rows_step,
 )

@@ -11,6 +11,9 @@ from opencoder.errors import ConfigError
 from opencoder.files import write_json
 from opencoder.model.classes.memory import GB, RECIPES, build_bytes, head_memory, neighbours_for, weight_bytes
 
+STEP_OVERHEAD, GRAPH_OVERHEAD = 1.18, 1.8
+"""What a step and a build take over their matrix products alone: measured by bench-classification on CPU cores (the simulated rank,
+mean of three runs; the graph of 10^5 classes). docs/classification.md has the runs."""
 PARTS = ("weight_and_state", "features", "scored_rows", "logits", "graph", "graph_build", "selection", "total")
 
 
@@ -24,11 +27,13 @@ def plan(
     rho: float,
     neighbours: int | None,
     tflops: float,
+    overheads: tuple[float, float] = (STEP_OVERHEAD, GRAPH_OVERHEAD),
     background: bool = True,
 ) -> dict[str, Any]:
     """What one of `ranks` ranks holds, multiplies and receives in a step of `batch` samples in all; the graph's build too.
 
-    `tflops`: the rate of a rank's matrix products. Everything is arithmetic from these inputs (sheet 1.6, 2.3, 2.9)."""
+    `tflops`: the rate of a rank's matrix products; `overheads`: of a step and of a build over them. Everything is arithmetic from
+    these inputs (sheet 1.6, 2.3, 2.9)."""
     memory = head_memory(classes, ranks, dim, recipe=recipe, batch=batch, rho=rho, neighbours=neighbours)
     held = build_bytes(classes, ranks, dim, neighbours, background=background) if neighbours else 0.0
     scored = -(-classes * rho // ranks)
@@ -43,7 +48,7 @@ def plan(
         "neighbours": neighbours,
         "bytes": {**asdict(memory), "graph": memory.graph, "graph_build": held, "total": memory.total + held},
         "step_flop": flop,
-        "step_s": flop / (tflops * 1e12),
+        "step_s": overheads[0] * flop / (tflops * 1e12),
         "step_received_bytes": {
             "features, 16 bit": others * batch * dim * 2,
             "their gradient, 16 bit": others * batch * dim * 2,
@@ -51,7 +56,7 @@ def plan(
             "max, sum, target": 2 * others * batch * 3 * 4,
         },
         "graph_flop": build if neighbours else 0.0,
-        "graph_s": build / (tflops * 1e12) if neighbours else 0.0,
+        "graph_s": overheads[1] * build / (tflops * 1e12) if neighbours else 0.0,
         "graph_received_bytes": others * classes * dim * 4 if neighbours else 0.0,
     }
 
@@ -70,10 +75,13 @@ def recipes_table(classes: int, ranks: Sequence[int], dim: int, rho: float) -> s
     return "\n".join(lines)
 
 
-def plans_table(plans: Sequence[dict[str, Any]], recipe: str, memory_gb: float, tflops: float) -> str:
+def plans_table(
+    plans: Sequence[dict[str, Any]], recipe: str, memory_gb: float, tflops: float, overheads: tuple[float, float]
+) -> str:
     """One row for each number of ranks."""
     lines = [
-        f"One rank with recipe `{recipe}`, GB (computed); times: arithmetic at {tflops:g} TFLOP/s a rank (computed)",
+        f"One rank with recipe `{recipe}`, GB (computed); times: products at {tflops:g} TFLOP/s a rank, times {overheads[0]:g} for a "
+        f"step and {overheads[1]:g} for a graph (computed)",
         "",
         "| ranks | batch | K | "
         + " | ".join(part.replace("_", " ") for part in PARTS)
@@ -113,10 +121,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tflops", type=float, default=400.0, help="rate of a rank's matrix products, as you measured it"
     )
+    parser.add_argument(
+        "--overheads",
+        type=float,
+        nargs=2,
+        default=[STEP_OVERHEAD, GRAPH_OVERHEAD],
+        metavar=("STEP", "GRAPH"),
+        help="time over that of the products alone, as bench-classification measures it (default: on CPU cores)",
+    )
     parser.add_argument("--json", help="file for the numbers")
     args = parser.parse_args(argv)
-    if min(args.rank_batch, args.memory_gb, args.tflops) <= 0:
-        raise ConfigError("--rank-batch, --memory-gb and --tflops are positive numbers")
+    overheads = (args.overheads[0], args.overheads[1])
+    if min(args.rank_batch, args.memory_gb, args.tflops) <= 0 or min(overheads) < 1:
+        raise ConfigError("--rank-batch, --memory-gb and --tflops are positive numbers, --overheads at least 1")
     classes, rho = int(args.classes), 1.0 if args.selection == "full" else args.rho
     plans = []
     for ranks in args.ranks:
@@ -124,11 +141,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         k = None
         if args.selection == "knn":
             k = args.neighbours or min(100, neighbours_for(classes, rho, batch))
-        how: dict[str, Any] = {"recipe": args.recipe, "tflops": args.tflops, "background": not args.wait_for_graph}
+        how: dict[str, Any] = {"recipe": args.recipe, "tflops": args.tflops, "overheads": overheads}
+        how["background"] = not args.wait_for_graph
         plans.append(plan(classes, ranks, args.dim, batch=batch, rho=rho, neighbours=k, **how))
     print(recipes_table(classes, args.ranks, args.dim, rho))
     print()
-    print(plans_table(plans, args.recipe, args.memory_gb, args.tflops))
+    print(plans_table(plans, args.recipe, args.memory_gb, args.tflops, overheads))
     if args.json:
         write_json(args.json, {"plans": plans, "recipe": args.recipe, "kind": "computed"})
     return 0

@@ -164,10 +164,73 @@ Tensor square_sum(std::vector<Tensor> tensors) {
     return result;
 }
 
+// ---- some rows of a matrix ----
+
+template <typename T>
+struct SgdRows {
+    T* weight;
+    T* buffer;
+    const T* grad;
+    const int64_t* rows;
+    int64_t width;
+    T lr, momentum, decay, clip;
+};
+
+template <typename T>
+INLINE void sgd_rows_range(const SgdRows<T>& a, int64_t begin, int64_t end) {
+    const int64_t width = a.width;
+    const T lr = a.lr, momentum = a.momentum, decay = a.decay, clip = a.clip;
+    for (int64_t i = begin; i < end; ++i) {
+        T* __restrict w = a.weight + a.rows[i] * width;
+        T* __restrict b = a.buffer + a.rows[i] * width;
+        const T* __restrict g = a.grad + i * width;
+        SIMD for (int64_t j = 0; j < width; ++j) {
+            const T moved = b[j] * momentum + g[j] * clip + w[j] * decay;
+            b[j] = moved;
+            w[j] -= lr * moved;
+        }
+    }
+}
+CLONES void sgd_rows_f32(const SgdRows<float>& a, int64_t begin, int64_t end) { sgd_rows_range(a, begin, end); }
+CLONES void sgd_rows_f64(const SgdRows<double>& a, int64_t begin, int64_t end) { sgd_rows_range(a, begin, end); }
+
+template <typename T>
+SgdRows<T> sgd_rows_of(Tensor& weight, Tensor& buffer, const Tensor& grad, const Tensor& rows, double lr, double momentum,
+                       double decay, double clip) {
+    return {mutable_data<T>(weight), mutable_data<T>(buffer), data<T>(grad), data<int64_t>(rows), weight.size(1),
+            static_cast<T>(lr), static_cast<T>(momentum), static_cast<T>(decay), static_cast<T>(clip)};
+}
+
+// Each row is read and written once: copies of the rows, updated and put back, would pass through memory four times.
+void sgd_rows_step(Tensor weight, Tensor buffer, const Tensor& grad, const Tensor& rows, double lr, double momentum,
+                   double decay, double clip) {
+    const ScalarType type = weight.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "sgd_rows_step: rows must be fp32 or fp64");
+    STD_TORCH_CHECK(buffer.scalar_type() == type && grad.scalar_type() == type && rows.scalar_type() == ScalarType::Long,
+                    "sgd_rows_step: weight, momentum and gradient must be of one type, row numbers int64");
+    STD_TORCH_CHECK(weight.dim() == 2 && grad.dim() == 2 && grad.size(1) == weight.size(1) && rows.numel() == grad.size(0) &&
+                        buffer.numel() == weight.numel(),
+                    "sgd_rows_step: weight and momentum (N, D), gradient (m, D) and rows (m,) do not fit");
+    for (const Tensor* t : std::initializer_list<const Tensor*>{&weight, &buffer, &grad, &rows})
+        STD_TORCH_CHECK(t->is_contiguous(), "sgd_rows_step: all tensors must be contiguous");
+    const int64_t* ids = data<int64_t>(rows);
+    const int64_t count = rows.numel(), classes = weight.size(0);
+    for (int64_t i = 0; i < count; ++i)
+        STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < classes, "sgd_rows_step: row ", ids[i], " of ", classes);
+    const int64_t few = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, weight.size(1)));
+    torch::stable::parallel_for(0, count, few, [&](int64_t begin, int64_t end) {
+        if (type == ScalarType::Float)
+            sgd_rows_f32(sgd_rows_of<float>(weight, buffer, grad, rows, lr, momentum, decay, clip), begin, end);
+        else
+            sgd_rows_f64(sgd_rows_of<double>(weight, buffer, grad, rows, lr, momentum, decay, clip), begin, end);
+    });
+}
+
 }  // namespace
 }  // namespace opencoder
 
 STABLE_TORCH_LIBRARY_IMPL(opencoder, CPU, m) {
     m.impl("adamw_step_", TORCH_BOX(&opencoder::adamw_step));
+    m.impl("sgd_rows_step_", TORCH_BOX(&opencoder::sgd_rows_step));
     m.impl("square_sum", TORCH_BOX(&opencoder::square_sum));
 }

@@ -1,4 +1,4 @@
-"""AdamW (arXiv:1711.05101) and the gradient norm, one tensor at a time."""
+"""AdamW (arXiv:1711.05101), SGD of some rows, and the gradient norm, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -36,6 +36,23 @@ def adamw_step(
         p.mul_(1 - lr * weight_decay).addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
         if masters is not None:
             param.copy_(p)
+
+
+def sgd_rows_step(
+    weight: torch.Tensor,
+    momentum_buffer: torch.Tensor,
+    grad: torch.Tensor,
+    rows: torch.Tensor,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    clip_coef: float,
+) -> None:
+    """b ← momentum · b + clip · g + wd · w; w ← w − lr · b; of copies of the rows, which are put back."""
+    w, b = weight[rows], momentum_buffer[rows]
+    b.mul_(momentum).add_(grad, alpha=clip_coef).add_(w, alpha=weight_decay)
+    momentum_buffer.index_copy_(0, rows, b)
+    weight.index_copy_(0, rows, w.sub_(b, alpha=lr))
 
 
 def grad_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -56,6 +56,68 @@ def test_adamw(impl: str, dtype: torch.dtype, clip: float | None, wide_grads: bo
             assert torch.equal(params[i], masters[i].to(dtype))
 
 
+@each("sgd_rows_step")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("momentum", "decay", "clip"), [(0.9, 0.0, 1.0), (0.0, 0.1, 0.3), (0.5, 0.01, 2.0)])
+@pytest.mark.parametrize("width", [1, 7, 64])
+def test_sgd_of_some_rows(
+    impl: str, dtype: torch.dtype, momentum: float, decay: float, clip: float, width: int
+) -> None:
+    weight = draw(2000, width, dtype=dtype)
+    buffer = torch.zeros_like(weight)
+    true, others = torch.nn.Parameter(weight.double().clone()), weight.clone()
+    torchs = torch.optim.SGD([true], lr=0.1, momentum=momentum, weight_decay=decay)
+    rows = torch.randperm(2000, generator=torch.Generator().manual_seed(1))[:700].to(DEVICE)
+    for step in range(3):
+        grad = draw(700, width, seed=step + 1, dtype=dtype)
+        kept = grad.clone()
+        K.sgd_rows_step(
+            weight, buffer, grad, rows, lr=0.1, momentum=momentum, weight_decay=decay, clip_coef=clip, impl=impl
+        )
+        assert torch.equal(grad, kept)
+        true.grad = torch.zeros_like(true)
+        true.grad[rows] = grad.double() * clip
+        torchs.step()
+    assert error(weight[rows], true.detach()[rows]) <= (1e-13 if dtype == torch.float64 else 1e-6)
+    if momentum:
+        assert error(buffer[rows], torchs.state[true]["momentum_buffer"][rows]) <= (
+            1e-13 if dtype == torch.float64 else 1e-6
+        )
+    rest = torch.ones(2000, dtype=torch.bool, device=DEVICE)
+    rest[rows] = False
+    assert torch.equal(weight[rest], others[rest])
+    assert not buffer[rest].any()
+
+
+MATRIX, SOME = torch.ones(4, 2), torch.tensor([0, 3])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "says"),
+    [
+        ((MATRIX.half(), MATRIX.half(), MATRIX[:2].half(), SOME), {}, "weight is torch.float16; allowed: fp32, fp64"),
+        ((MATRIX, MATRIX.double(), MATRIX[:2], SOME), {}, "torch.float64"),
+        ((MATRIX, MATRIX, MATRIX[:3], SOME), {}, r"do not fit: got \[\(4, 2\), \(4, 2\), \(3, 2\), \(2,\)\]"),
+        ((MATRIX, MATRIX[:2], MATRIX[:2], SOME), {}, "do not fit"),
+        ((MATRIX, MATRIX, MATRIX[:2], SOME.int()), {}, "rows must be int64"),
+        ((MATRIX.t().contiguous().t(), MATRIX, MATRIX[:2], SOME), {}, "updated in place, contiguous"),
+        ((MATRIX, MATRIX, MATRIX[:2], SOME), {"momentum": -0.1}, "momentum=-0.1; it must be at least 0"),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(tensors: tuple[torch.Tensor, ...], options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        K.sgd_rows_step(*tensors, **({"lr": 0.1, "momentum": 0.9} | options))
+
+
+@each("sgd_rows_step")
+@pytest.mark.parametrize("row", [-1, 4])
+def test_a_row_that_is_not_there_is_refused(impl: str, row: int) -> None:
+    if DEVICE != "cpu":
+        pytest.skip("a GPU reports it later, as a fault of the device")
+    with pytest.raises((RuntimeError, IndexError)):
+        K.sgd_rows_step(MATRIX.clone(), MATRIX.clone(), MATRIX[:2], torch.tensor([0, row]), lr=1, momentum=0, impl=impl)
+
+
 @each("grad_norm")
 @dtypes
 def test_grad_norm(impl: str, dtype: torch.dtype) -> None:

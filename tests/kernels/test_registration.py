@@ -192,6 +192,7 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
         "linear_ce_backward": (lse, *(m.detach() for m in matrices), TARGETS, lse, IMPL, 3, 0.1, 0.1, 2.0, True, False),
         "adamw_step_": (params, [p.clone() for p in params], *state, [], control, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1),
         "square_sum": (params,),
+        "sgd_rows_step_": (w32.clone(), w32.clone(), w32[:2].clone(), numbers[:2], 0.1, 0.9, 0.01, 0.5),
         "merge_nearest_": (numbers.view(2, 4).clone(), w32 @ x32.t(), w32, x32, numbers[:2], 4, 1e-6),
         "neighbour_priority": (numbers[:1], BOUNDS, numbers[:4].int(), numbers[:4].short(), 5),
         "smallest_keys": (numbers.int(), 4, 2, -5),

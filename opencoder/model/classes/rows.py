@@ -89,6 +89,12 @@ class RowOptimizer:
         if isinstance(clip, torch.Tensor) and clip.device.type == "cpu":
             clip = float(clip)
         everything = self.config.row_update == "dense_equivalent" and rows.ids is not None
+        if rows.ids is not None and not everything and skip is None and self._in_place(gradient):
+            K.sgd_rows_step(
+                self.weight.detach(), self.state["momentum_buffer"], gradient, rows.ids, lr=lr, momentum=self.optim.momentum,
+                weight_decay=self.optim.weight_decay, clip_coef=1.0 if clip is None else float(clip),
+            )  # fmt: skip
+            return
         for chunk in self._chunks(rows, everything=everything):
             g = gradient[chunk.begin : chunk.end]
             if everything:
@@ -98,6 +104,14 @@ class RowOptimizer:
                 g = whole.index_copy_(0, rows.ids[chunk.begin : chunk.end] - chunk.index.start, g)
             kept = rows.kept[chunk.begin : chunk.end] if rows.kept is not None and not everything else None
             self._update(chunk.index, g, lr, clip, skip, kept)
+
+    def _in_place(self, gradient: torch.Tensor) -> bool:
+        """Whether some rows are updated where they are, without copies of them."""
+        return (
+            self.config.optimizer == "sgd"
+            and self.weight.device.type == "cpu"
+            and {self.weight.dtype, self.state["momentum_buffer"].dtype} == {gradient.dtype}
+        )
 
     def _chunks(self, rows: ScoredRows, *, everything: bool) -> Iterator[_Chunk]:
         n, width = self.weight.shape

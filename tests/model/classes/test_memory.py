@@ -125,3 +125,6 @@ def test_the_command_prints_the_table_and_says_computed(capsys: pytest.CaptureFi
     assert rows[1]["step_flop"] == 6 * 16_384 * 39_063 * 512  # ⌈1e8 · 0.1 / 256⌉ rows
     with pytest.raises(ConfigError, match="--tflops are positive"):
         plan_classification.main(["--tflops", "0"])
+    assert rows[1]["step_s"] == pytest.approx(plan_classification.STEP_OVERHEAD * rows[1]["step_flop"] / 400e12)
+    with pytest.raises(ConfigError, match="--overheads at least 1"):
+        plan_classification.main(["--overheads", "0.9", "2"])
