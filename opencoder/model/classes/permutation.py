@@ -28,7 +28,8 @@ class Permutation:
         return a, max(2, -(-self.classes // a))
 
     def rows_of(self, labels: torch.Tensor) -> torch.Tensor:
-        """Class ids (int64, any shape) → row ids. Negative ones (ignored labels) stay."""
+        """Class ids (int64, any shape) → row ids. Numbers that are no class stay: ignored labels, and wrong ones, which the head tells
+        all ranks of."""
         return self._walk(labels, self._forward)
 
     def labels_of(self, rows: torch.Tensor) -> torch.Tensor:
@@ -38,14 +39,11 @@ class Permutation:
     def _walk(self, numbers: torch.Tensor, turn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         if numbers.dtype != torch.int64:
             raise ValueError(f"Permutation: numbers are {numbers.dtype}; allowed: int64")
-        if numbers.numel() and int(numbers.max()) >= self.classes:
-            raise ValueError(
-                f"Permutation: number {int(numbers.max())}; allowed: below {self.classes}, negative ones stay"
-            )
-        found = turn(numbers.clamp_min(0))
+        inside = (numbers >= 0) & (numbers < self.classes)
+        found = turn(torch.where(inside, numbers, 0))
         while (outside := found >= self.classes).any():
             found[outside] = turn(found[outside])
-        return torch.where(numbers < 0, numbers, found)
+        return torch.where(inside, found, numbers)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self._sides

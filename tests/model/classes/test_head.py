@@ -316,17 +316,20 @@ def test_30_micro_batches_on_one_selection_add_up_to_one_batch() -> None:
         assert all(distance(a, b) <= 1e-6 for a, b in zip(one, four, strict=True))
 
 
-def bad_label(rank: int, world: int) -> str:
+def bad_label(rank: int, world: int, ordered: bool) -> str:
     mesh = mesh_of(rank, world)
     head = head_on(mesh, draw()[0], config())
     labels = torch.tensor([5, N, -100] if rank == 1 else [5, 6, 7])
+    if ordered:
+        labels = Permutation(N, 5).rows_of(labels)
     with pytest.raises(ValueError, match="label") as caught:
         head.begin_step([labels])
     return str(caught.value)
 
 
-def test_labels_that_are_no_class_are_named_on_all_ranks() -> None:
-    for text in run_ranks(bad_label, 2):
+@pytest.mark.parametrize("ordered", [False, True])
+def test_labels_that_are_no_class_are_named_on_all_ranks(ordered: bool) -> None:
+    for text in run_ranks(bad_label, 2, ordered):
         assert "label 1003 of sample 1 of data rank 1" in text
         assert "[0, 1003)" in text
 
