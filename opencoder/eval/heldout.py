@@ -118,8 +118,9 @@ def _losses(model: Local, batch: list[Window], pad: int) -> tuple[list[float], l
     # Padding stands to the right, where a causal model does not look.
     logits = model.model(input_ids=ids).logits  # (windows, tokens, vocabulary)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    loss = functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
-    return loss.double().sum(1).tolist(), (targets != -100).sum(1).tolist()
+    # Flat: across the vocabulary of a transposed tensor the same takes three times as long on a CPU.
+    loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+    return loss.view(targets.shape).double().sum(1).tolist(), (targets != -100).sum(1).tolist()
 
 
 def _check_tokenizer(model: Local, path: Path) -> None:
