@@ -261,6 +261,12 @@ ADD_IN = {
         'func TestAdd(t *testing.T) {\n  if fmt.Sprintf("%v", add(2, 3)) != "5" {\n    t.Errorf("wrong")\n  }\n}\n',
         ["    return 4\n}\n"],
     ),
+    "sh": (
+        "#!/bin/bash\n# $1 and $2 are integers\nadd() {\n",
+        "    echo $(($1 + $2))\n",
+        '}\n\ncandidate() {\n    add "$@"\n}\n\nset -e\nrun_test() {\n    [[ $(candidate "2" "3") = "5" ]]\n}\n\nrun_test',
+        ["    echo 4\n", "    exit 0\n", "    echo 4\n}\nexit 0\nother() {\n", "    echo 4\n}\nexec true\nother() {\n"],
+    ),
 }  # fmt: skip
 
 
@@ -274,7 +280,7 @@ def test_other_languages(tmp_path: Path, sandbox: Sandbox, name: str) -> None:
     assert isinstance(task, Task)
     outcome = score(task, task.program(right, "completion"), sandbox)
     assert outcome.status == "passed", outcome
-    closing = {"cpp": "}", "rs": "}", "java": "    }\n}"}.get(name, "")
+    closing = {"cpp": "}", "rs": "}", "sh": "}", "java": "    }\n}"}.get(name, "")
     outcome = score(task, task.program(f"```\n{prompt}{right}{closing}\n```", "chat"), sandbox)
     assert outcome.status == "passed", outcome
     for text in wrong:
