@@ -49,12 +49,16 @@ def _class_flops(config: ModelConfig, seq_len: int) -> float:
     return 6.0 * trunk + attention + 6.0 * (projection + scored * dim) / seq_len
 
 
+PEAK_S = 0.1
+
+
 def measure_gemm_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """Best rate of three large matrix products on this device in `dtype`, in TFLOP/s."""
+    """Best rate of large matrix products on this device in `dtype`, in TFLOP/s. A tenth of a second of them: what else the
+    machine does for a moment should not make the peak of a whole run too low."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(4):  # the first one warms up
+    best, begun = float("inf"), time.perf_counter()
+    while time.perf_counter() - begun < PEAK_S:
         _synchronise(device)
         start = time.perf_counter()
         torch.mm(a, b)
