@@ -1,15 +1,20 @@
 """Siblings of any number of classes as datasets: DIR/train and DIR/held_out, and DIR/classes.yaml that trains on them.
 
 python examples/classification/synthetic.py --output DIR --classes 1e6 --samples 2e6
-opencoder train DIR/classes.yaml"""
+opencoder train DIR/classes.yaml [model.head.selection=full]"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from run import OPTIM
 
 from opencoder.console import Parser, ProgressBar, run
 from opencoder.data.classification_writer import ClassificationWriter
@@ -20,6 +25,9 @@ from opencoder.tools.class_bench.synthetic import Siblings
 BLOCK = 1 << 14
 HELD_OUT_FROM = 2**40
 """Numbers of held-out samples begin here: no number of training samples comes so far."""
+BATCH = 256
+KNN_UP_TO = 200_000
+"""Classes. The graph of more takes a few cores longer than the training: their configuration has random rows."""
 
 
 def write(made: Siblings, prefix: Path, first: int, samples: int) -> None:
@@ -32,6 +40,34 @@ def write(made: Siblings, prefix: Path, first: int, samples: int) -> None:
             numbers = np.arange(first + begin, first + min(begin + BLOCK, samples))
             writer.add_features(*made.samples(numbers))
             bar.advance(len(numbers))
+
+
+def config_of(output: Path, made: Siblings, steps: int, held_out: int) -> dict[str, Any]:
+    """The configuration of one pass over the samples."""
+    steps = max(20, steps)
+    head: dict[str, Any] = {"selection": "random"}
+    if made.classes <= KNN_UP_TO:
+        rebuild = {"first_step": steps // 8, "every": steps // 4, "background": False, "probe_recall": 0.0}
+        head = {"selection": "knn", "neighbours": min(32, made.classes), "rebuild": rebuild}
+    return {
+        "run_dir": str(output / "run"),
+        "model": {
+            "layers": 1, "hidden_size": made.dim, "encoder": {"input": "features", "width": made.dim},
+            "head": {
+                "kind": "class", "classes": made.classes, "variant": "cosine", "scale": 20.0, "optimizer": "sgd", "rho": 0.1,
+                "tail_correction": True, **head,
+            },
+        },
+        "data": {
+            "kind": "classification", "blend": [{"prefix": str(output / "train")}], "validation": str(output / "held_out"),
+        },
+        "train": {
+            "steps": steps, "global_batch_size": BATCH, "micro_batch_size": BATCH, "eval_every": steps,
+            "eval_samples": held_out,
+        },
+        "optim": OPTIM,
+        "log": {"every": max(1, steps // 20)},
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,26 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = Siblings(int(args.classes), args.dim, zipf=args.zipf, seed=args.seed)
     write(made, args.output / "train", 0, int(args.samples))
     write(made, args.output / "held_out", HELD_OUT_FROM, int(args.held_out))
-    batch = 256
-    tree = {
-        "run_dir": str(args.output / "run"),
-        "model": {
-            "layers": 1, "hidden_size": args.dim, "encoder": {"input": "features", "width": args.dim},
-            "head": {
-                "kind": "class", "classes": made.classes, "variant": "cosine", "selection": "knn", "rho": 0.1,
-                "neighbours": min(32, made.classes), "tail_correction": True,
-            },
-        },
-        "data": {
-            "kind": "classification", "blend": [{"prefix": str(args.output / "train")}],
-            "validation": str(args.output / "held_out"),
-        },
-        "train": {
-            "steps": max(20, int(args.samples) // batch), "global_batch_size": batch, "micro_batch_size": batch,
-            "eval_every": max(20, int(args.samples) // batch), "eval_samples": int(args.held_out),
-        },
-        "optim": {"lr": 1e-2, "min_lr": 1e-4, "warmup_steps": 10, "schedule": "cosine", "weight_decay": 0.0},
-    }  # fmt: skip
+    tree = config_of(args.output, made, int(args.samples) // BATCH, int(args.held_out))
     write_text(args.output / "classes.yaml", yaml.safe_dump(tree, sort_keys=False))
     print(f"{args.output}: {made.classes:,} classes; opencoder train {args.output / 'classes.yaml'}")
     return 0

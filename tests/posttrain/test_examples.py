@@ -19,3 +19,9 @@ def test_stages_are_the_published_ones(name: str, epochs: int, batch: int, lr: f
     assert (config.data.kind, config.data.sft.epochs, config.train.global_batch_size) == ("sft", epochs, batch)
     assert (config.optim.schedule, config.optim.lr, config.optim.warmup_steps) == ("cosine", lr, 100)
     assert config.checkpoint.load is not None
+
+
+def test_the_demo_is_tuned_at_the_size_of_its_model() -> None:
+    config = load_config(FOLDER / "demo.yaml", ["train.steps=100"])
+    validate(config, 1)
+    assert (config.model.hidden_size, config.model.max_seq_len, config.checkpoint.load) == (256, 512, "demo/hf")
