@@ -43,11 +43,24 @@ def best_classes(
     for begin, end in rows.chunks(x.shape[0]):
         z = torch.empty(end - begin, x.shape[0], dtype=dtype, device=x.device)
         products(rows.rows(begin, end, dtype), x, variant.factor, z)
-        keys = torch.cat([best, keys_of(z.t(), ids[begin:end])], 1)
-        best = keys.topk(min(k, keys.shape[1]), 1).values
+        best = _with(best, z, ids[begin:end], k)
     found = _of_all(best, groups.classes, k)
     b, rank = features.shape[0], groups.samples.rank
     return values_and_ids(found[rank * b : (rank + 1) * b])
+
+
+def _with(best: torch.Tensor, z: torch.Tensor, ids: torch.Tensor, k: int) -> torch.Tensor:
+    """The k best keys (B, up to k), falling, of `best` and of the logits z (c, B) of the classes `ids` (c,)."""
+    if best.shape[1] < k or z.device.type != "cpu":
+        keys = torch.cat([best, keys_of(z.t(), ids)], 1)
+        return keys.topk(min(k, keys.shape[1]), 1).values
+    # Few samples find a better class in a later chunk; a CPU can look without anyone waiting. A NaN counts as better.
+    least, _ = values_and_ids(best[:, -1])
+    some = (~(z.amax(0).float() < least)).nonzero()[:, 0]
+    if some.numel():
+        keys = torch.cat([best[some], keys_of(z[:, some].t(), ids)], 1)
+        best[some] = keys.topk(k, 1).values
+    return best
 
 
 def _of_all(best: torch.Tensor, group: Group, k: int) -> torch.Tensor:
