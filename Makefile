@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check
 SOURCES := opencoder kernels tools tests setup.py
 
-.PHONY: setup setup-dev check format test test-all demo bench clean
+.PHONY: setup setup-dev lint check format test test-all demo bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,10 +30,12 @@ $(VENV)/.dev-done: $(VENV)/.done requirements-dev.txt
 		-d $(VENV)/sdists flash-attn==2.8.3.post2
 	@touch $@
 
-check: setup-dev
+lint: setup-dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
+
+check: lint
 	$(BIN)/python -m pytest -m "fast and not slow"
 
 format: setup-dev

@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urljoin
 
 import yaml
@@ -154,10 +154,11 @@ def unpack(archive: Path, folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    how: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11 has it from 3.11.4 on
     with tarfile.open(archive) as tar:
         for member in tar:
             if member.isreg() and not member.name.startswith("/") and ".." not in member.name.split("/"):
-                tar.extract(member, temporary, filter="data")
+                tar.extract(member, temporary, **how)
     os.rename(temporary, folder)
 
 
