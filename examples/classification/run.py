@@ -244,10 +244,12 @@ def write_report(results: dict[str, Any], root: Path) -> None:
     parts += ["![loss, accuracy, step time, memory](plot.png)", ""]
     write_text(root / "report.md", "\n".join(parts))
     image = base64.b64encode((root / "plot.png").read_bytes()).decode()
-    tables = {
-        task: [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(results, task).splitlines()]
-        for task in results["tasks"]
-    }
+    tables = {}
+    for task in results["tasks"]:
+        head, _, *rows = [
+            [cell.strip() for cell in line.split("|")[1:-1]] for line in table(results, task).splitlines()
+        ]
+        tables[task] = [head, *rows]
     page = Environment(autoescape=True).from_string(PAGE)
     write_text(
         root / "report.html", page.render(facts=texts, tasks=results["tasks"], titles=TASKS, tables=tables, image=image)
@@ -261,7 +263,7 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}tr:nth-child(ev
 {% for task, found in tasks.items() %}<h2>{{ titles[task] }}</h2>
 <p>{{ "{:,}".format(found.data.classes) }} classes, {{ "{:,}".format(found.data.train) }} samples for training,
 {{ "{:,}".format(found.data.held_out) }} held out.</p><div><table>
-{% for row in tables[task] if loop.index0 != 1 %}{% set cell = "th" if loop.first else "td" %}<tr>
+{% for row in tables[task] %}{% set cell = "th" if loop.first else "td" %}<tr>
 {% for value in row %}<{{ cell }}>{{ value }}</{{ cell }}>{% endfor %}</tr>{% endfor %}</table></div>{% endfor %}
 <p><img alt="loss, accuracy, step time and memory of each method" src="data:image/png;base64,{{ image }}"></p>
 """

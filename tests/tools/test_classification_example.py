@@ -26,6 +26,7 @@ sys.path.insert(0, str(FOLDER))
 import crops  # noqa: E402
 import extract  # noqa: E402
 import functions  # noqa: E402
+import run as example  # noqa: E402
 import synthetic  # noqa: E402
 
 SOURCE = '''
@@ -184,6 +185,11 @@ def test_a_small_run_learns_to_know_functions_again(tmp_path: Path) -> None:
     assert found["data"]["classes"] == 150
     assert found["runs"]["full"]["accuracy"] > 20 / 150, "twenty times what guessing gives"
     assert {"plot.png", "report.html", "report.md"} <= {path.name for path in output.iterdir()}
+    results = json.loads((output / "report.json").read_text())
+    results["tasks"]["calls"] = found
+    example.write_report(results, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert [page.count(text) for text in ("<table>", "<tr>", "<td>full", "---")] == [2, 4, 2, 0]
     again = subprocess.run(run, capture_output=True, text=True, check=False, timeout=300)
     assert again.returncode == 0
     assert "step 1/" not in again.stdout, "what is done is not done again"
