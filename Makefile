@@ -9,7 +9,7 @@ SOURCES := opencoder kernels tools tests setup.py
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make setup | demo | check | test | test-all | bench | clean   (see README.md)"
+	@echo "make setup | demo | lint | check | test | test-all | bench | clean   (see README.md)"
 
 setup: $(VENV)/.done
 setup-dev: $(VENV)/.dev-done

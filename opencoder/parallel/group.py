@@ -251,8 +251,8 @@ def _sum_in_order(parts: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Ten
 
 @contextmanager
 def processes(device_type: str, *, size: int, timeout_s: float) -> Iterator[None]:
-    """The block has the default process group of `size` processes from torchrun's variables: nccl on CUDA, gloo on the CPU. One
-    process needs none. After it no group of this process can be used."""
+    """The block has the default process group of `size` processes, as `start_processes` makes it; one process needs none. After it
+    no group of this process can be used."""
     if size > 1:
         start_processes(device_type, timeout_s=timeout_s)
     try:
@@ -267,7 +267,8 @@ def processes(device_type: str, *, size: int, timeout_s: float) -> Iterator[None
 
 
 def start_processes(device_type: str, *, timeout_s: float) -> None:
-    """The same for a process that is not closed but ended."""
+    """Set up the default process group from torchrun's variables: nccl on CUDA, gloo on the CPU. For a process that is killed; one
+    that ends by itself uses `processes`."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # torch's flight recorder, which reads this when it starts
     backend, timeout = "nccl" if device_type == "cuda" else "gloo", timedelta(seconds=timeout_s)
     store = store_of_torchrun(timeout_s=timeout_s)
