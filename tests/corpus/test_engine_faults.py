@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from opencoder.corpus.engine import (
     read_manifest,
     run,
 )
+from opencoder.corpus.engine.execute import remove_leftovers, scratch_folder
 from opencoder.errors import UserError
 from tests.corpus.engine_plans import HERE, ROOT, sums, task
 
@@ -149,3 +151,21 @@ def test_a_second_driver_is_refused(tmp_path: Path, two: LocalExecutor) -> None:
         with pytest.raises(UserError, match="another run is at work"):
             run(sums([1]), folder=tmp_path, executor=two)
     assert run(sums([1]), folder=tmp_path, executor=two).done == 3
+
+
+def test_a_process_that_ends_while_it_is_looked_up_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading /proc/PID/stat that was opened in time says ESRCH, not ENOENT."""
+    victim = task("victim", "fail", text="never run")
+    scratch = scratch_folder(tmp_path, victim)
+    scratch.mkdir()
+    remove_leftovers(tmp_path, [victim])
+    assert scratch.is_dir()  # its process, this one, lives
+
+    def gone(path: Path, *args: Any, **options: Any) -> str:
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), str(path))
+
+    monkeypatch.setattr(Path, "read_text", gone)
+    remove_leftovers(tmp_path, [victim])
+    assert not scratch.exists()

@@ -182,15 +182,27 @@ def remove_leftovers(folder: Path, tasks: Sequence[Task]) -> None:
         for entry in found:
             name, _, pid = entry.name.removesuffix(".tmp").rpartition(".")
             here = name.endswith(f".{mine}") and pid.isdigit()
-            gone = not _lives(pid) if here else time.time() - entry.stat().st_mtime > _STALE_S
-            if gone:
+            if not _lives(pid) if here else _stale(entry):
                 shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _stale(entry: os.DirEntry[str]) -> bool:
+    try:
+        return time.time() - entry.stat().st_mtime > _STALE_S
+    except FileNotFoundError:  # renamed or removed by its process meanwhile
+        return False
 
 
 def _lives(pid: str) -> bool:
     """Whether a process exists and is not a zombie that nobody has reaped."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
         return False
+    except PermissionError:
+        return True  # somebody else's
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # it ended between the two; a read of what was just opened says ESRCH
     return state not in "ZX"
