@@ -1,11 +1,12 @@
 """`opencoder bench-estimate`: the memory and traffic that `train --dry-run` foretells beside those of real steps on CPUs.
 
-Every layout runs two updates of the trainer in fresh processes, under torch's profiler, whose events add up to the peak of live
+Every layout runs two updates of the trainer in fresh processes, under torch's profiler, whose events tell the peak of live
 tensor bytes; the resident memory is its peak less what was resident before the model. glibc is told to map every tensor from 1 MiB
 on by itself: left alone it keeps some of those that are freed, more or less of them from run to run."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import socket
@@ -109,16 +110,47 @@ def take_steps(config: Any, mesh: Any, device: Any) -> dict[str, int]:
     return found
 
 
-def tensor_peak(profiler: Any) -> int:
-    """The most bytes of tensors alive at a time, from a torch.profiler.profile with profile_memory that has ended."""
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    if not events:
-        raise Failure("torch.profiler has recorded no memory events: this torch is none that bench-estimate knows")
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
+class TensorPeak:
+    """The most bytes of CPU tensors alive at a time while the block runs, less those of its begin, once it has ended: `bytes`.
+
+    From the events of torch's profiler, each of which carries what the process has allocated by then. Only the threads that do the
+    block's work leave events, but with torch's own flag for it the count follows what every thread frees: gloo's threads often hold
+    the last reference to what was sent, and a sum of the events misses that."""
+
+    bytes = 0
+
+    def __enter__(self) -> TensorPeak:
+        import torch
+
+        library = Path(torch.__file__).parent / "lib" / "libc10.so"
+        try:
+            self._counts = ctypes.c_bool.in_dll(ctypes.CDLL(str(library)), "FLAGS_caffe2_report_cpu_memory_usage")
+        except (OSError, ValueError) as error:
+            raise Failure(f"torch {torch.__version__} is none that bench-estimate knows: {error}") from None
+        self._before, self._counts.value = self._counts.value, True
+        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self._profiler.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        from torch._C._profiler import _EventType
+
+        self._profiler.__exit__(*error)
+        self._counts.value = self._before
+        if error[0] is not None:
+            return
+        profiler: Any = self._profiler.profiler
+        left = list(profiler.kineto_results.experimental_event_tree())
+        found = []
+        while left:
+            event = left.pop()
+            left += event.children
+            if event.tag == _EventType.Allocation:
+                found.append((event.start_time_ns, event.extra_fields.total_allocated, event.extra_fields.alloc_size))
+        if not found:
+            raise Failure("torch.profiler has recorded no memory events: this torch is none that bench-estimate knows")
+        _, total, size = min(found)
+        self.bytes = max(0, *(total for _, total, _ in found)) - (total - size)
 
 
 class Resident:
@@ -156,10 +188,9 @@ def be_rank(settings: str) -> int:
     with environment(config) as (mesh, device):
         some = torch.ones(512, 512, requires_grad=True)
         some.mm(some).sum().backward()  # nor are the buffers of the libraries
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler, Resident() as resident:
+        with TensorPeak() as tensors, Resident() as resident:
             sent = take_steps(config, mesh, device)
-    print(json.dumps({"tensors": tensor_peak(profiler), "resident": resident.most - resident.start, "sent": sent}))
+    print(json.dumps({"tensors": tensors.bytes, "resident": resident.most - resident.start, "sent": sent}))
     return 0
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +15,7 @@ from opencoder.model.initialise import build_model
 from opencoder.model.recompute import MODULES
 from opencoder.optim.optimizer import ReplicatedOptimizer
 from opencoder.parallel.mesh import Mesh, create_mesh
+from opencoder.tools.bench_estimate import TensorPeak
 from opencoder.train.pipeline_runner import Chunks, PipelineRunner, build_chunks
 from opencoder.train.step import TrainStep
 from tests.harness import run_cases
@@ -73,26 +72,23 @@ def test_in_16_bits_norms_made_again_are_those_of_rounded_sums(recompute: Any) -
     )
 
 
-def peak(recompute: Any, folder: Path) -> int:
-    """Highest sum of live tensors' bytes in a forward and backward pass, above what is there before it."""
+def peak(recompute: Any) -> int:
+    """Most bytes of live tensors in a forward and backward pass, above what is there before it."""
     model = build_model(model_config(layers=6), Mesh(), dtype=torch.float64, device=CPU, seed=1, recompute=recompute)
     tokens, labels = batch(250, 4, 64)
     model.loss(tokens, labels)[0].backward()  # gradients are there from now on
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with TensorPeak() as tensors:
         model.loss(tokens, labels)[0].backward()
-    profile.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    memory = sorted((e["ts"], e["args"]["Total Allocated"]) for e in events if e.get("name") == "[memory]")
-    return max(total for _, total in memory) - memory[0][1]
+    return tensors.bytes
 
 
-def test_the_peak_falls_with_what_runs_again(tmp_path: Path) -> None:
+def test_the_peak_falls_with_what_runs_again() -> None:
     """All modules one by one keep no more than whole layers do, and make less of a layer at a time."""
     both = RecomputeConfig(modules=["norm", "mlp"])
-    peaks = [peak(recompute, tmp_path) for recompute in ("none", "norm", "mlp", both, "full", PAIRS[-1])]
+    peaks = [peak(recompute) for recompute in ("none", "norm", "mlp", both, "full", PAIRS[-1])]
     assert all(lower < higher for higher, lower in pairwise(peaks)), peaks
-    assert peak("attention", tmp_path) < peaks[0]
-    assert peak(RecomputeConfig(modules=["full", "norm"]), tmp_path) == peaks[4]
+    assert peak("attention") < peaks[0]
+    assert peak(RecomputeConfig(modules=["full", "norm"])) == peaks[4]
 
 
 def updated(rank: int, world: int, settings: dict[str, Any], recompute: str) -> dict[str, torch.Tensor]:

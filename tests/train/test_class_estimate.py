@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from opencoder.config import Config, validate
 from opencoder.data.classification_writer import ClassificationWriter
-from opencoder.tools.bench_estimate import tensor_peak
+from opencoder.tools.bench_estimate import TensorPeak
 from opencoder.train.estimate import describe, estimate
 from tests.harness import run_ranks
 from tests.train.class_cases import trainer_of, tree
@@ -30,14 +29,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measured(rank: int, world: int, given: dict[str, Any]) -> tuple[int, int]:
     """Bytes of weights, gradients of the encoder and state; the peak of live tensors over two updates."""
-    with torch.profiler.profile(profile_memory=True) as profiler:
+    with TensorPeak() as tensors:
         trainer = trainer_of(given, world)
         batches = trainer.data.batches(0)
         for step in range(2):
             if trainer.graph is not None:
                 trainer.graph.before_step(step)
             trainer.train_step.update(next(batches)[1], lr=1e-3)
-    return trainer.optimizer.state_bytes(), tensor_peak(profiler)
+    return trainer.optimizer.state_bytes(), tensors.bytes
 
 
 @pytest.mark.parametrize(
