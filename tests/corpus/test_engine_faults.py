@@ -21,7 +21,7 @@ from opencoder.corpus.engine import (
     read_manifest,
     run,
 )
-from opencoder.corpus.engine.execute import remove_leftovers, scratch_folder
+from opencoder.corpus.engine.execute import _stale, remove_leftovers, scratch_folder
 from opencoder.errors import UserError
 from tests.corpus.engine_plans import HERE, ROOT, sums, task
 
@@ -162,10 +162,32 @@ def test_a_process_that_ends_while_it_is_looked_up_leaves_nothing(
     scratch.mkdir()
     remove_leftovers(tmp_path, [victim])
     assert scratch.is_dir()  # its process, this one, lives
-
-    def gone(path: Path, *args: Any, **options: Any) -> str:
-        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), str(path))
-
-    monkeypatch.setattr(Path, "read_text", gone)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", failing(PermissionError(errno.EPERM, os.strerror(errno.EPERM))))
+        remove_leftovers(tmp_path, [victim])
+    assert scratch.is_dir()  # a process of somebody else, which /proc may hide
+    monkeypatch.setattr(Path, "read_text", failing(ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))))
     remove_leftovers(tmp_path, [victim])
     assert not scratch.exists()
+
+
+def failing(error: OSError) -> Any:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    return fail
+
+
+def test_folders_that_look_like_leftovers_end_no_run(tmp_path: Path) -> None:
+    """A number that no process can have is of no process; one that went away meanwhile is not stale."""
+    host = os.uname().nodename
+    odd = tmp_path / f".x.{host}.{10**20}.tmp"
+    other = tmp_path / f".x.{host}.².tmp"
+    odd.mkdir()
+    other.mkdir()
+    remove_leftovers(tmp_path, [task("x", "fail", text="never run")])
+    assert [odd.exists(), other.exists()] == [False, True]
+    with os.scandir(tmp_path) as entries:
+        (entry,) = entries
+    other.rmdir()
+    assert not _stale(entry)

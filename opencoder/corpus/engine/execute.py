@@ -181,7 +181,7 @@ def remove_leftovers(folder: Path, tasks: Sequence[Task]) -> None:
             found = [e for e in entries if e.name.startswith(".") and e.name.endswith(".tmp") and e.is_dir()]
         for entry in found:
             name, _, pid = entry.name.removesuffix(".tmp").rpartition(".")
-            here = name.endswith(f".{mine}") and pid.isdigit()
+            here = name.endswith(f".{mine}") and pid.isdecimal()
             if not _lives(pid) if here else _stale(entry):
                 shutil.rmtree(entry.path, ignore_errors=True)
 
@@ -197,7 +197,7 @@ def _lives(pid: str) -> bool:
     """Whether a process exists and is not a zombie that nobody has reaped."""
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the latter: no number of a process
         return False
     except PermissionError:
         return True  # somebody else's
