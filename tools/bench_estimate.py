@@ -145,12 +145,13 @@ class TensorPeak:
         while left:
             event = left.pop()
             left += event.children
-            if event.tag == _EventType.Allocation:
+            if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
                 found.append((event.start_time_ns, event.extra_fields.total_allocated, event.extra_fields.alloc_size))
         if not found:
             raise Failure("torch.profiler has recorded no memory events: this torch is none that bench-estimate knows")
         _, total, size = min(found)
-        self.bytes = max(0, *(total for _, total, _ in found)) - (total - size)
+        begin = total - size
+        self.bytes = max(begin, *(total for _, total, _ in found)) - begin
 
 
 class Resident:

@@ -115,6 +115,9 @@ def test_the_peak_counts_what_other_threads_free() -> None:
             thread.join()
             kept.append(torch.ones(1 << 18))
     assert tensors.bytes == 3 << 20  # the first 4 MiB were there before, and are not of the block
+    with TensorPeak() as tensors:
+        kept.clear()
+    assert tensors.bytes == 0
 
 
 @pytest.mark.slow
